@@ -1,0 +1,195 @@
+"""The steering policy: every number that estimator, chunker, rank selector and KV policy take, and its TOML form."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from dataclasses import dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from chunkwise.core import ChunkwiseError
+
+
+class InvalidPolicy(ChunkwiseError):
+    """A policy file with an unknown key, a wrong type or a value out of range."""
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InvalidPolicy(message)
+
+
+def _require_positive(name: str, value: float) -> None:
+    _require(0.0 < value < math.inf, f"{name} is {value}; it must be finite and greater than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class SignalPolicy:
+    """One signal of the estimator: ``weight`` 0 switches it off; ``mean`` and ``std`` are the running normalisation's
+    starting point, in the signal's own unit."""
+
+    weight: float
+    mean: float
+    std: float
+
+    def __post_init__(self) -> None:
+        _require(math.isfinite(self.weight), f"signal weight is {self.weight}; it must be finite")
+        _require(math.isfinite(self.mean), f"signal mean is {self.mean}; it must be finite")
+        _require_positive("signal std", self.std)
+
+
+@dataclass(frozen=True, slots=True)
+class EstimatorPolicy:
+    """Weights of the four signals and how complexity is formed from them.
+
+    ``inertia`` is the number of tokens that the starting mean and std count for; a normalised signal is cut to
+    ± ``clip`` standard deviations; ``gain`` steepens the squashing; ``ngram`` is the longest n-gram of the novelty
+    signal; ``decay_tokens`` and ``floor`` shape the positional prior.
+    """
+
+    entropy: SignalPolicy = field(default_factory=lambda: SignalPolicy(weight=1.0, mean=0.15, std=0.12))
+    novelty: SignalPolicy = field(default_factory=lambda: SignalPolicy(weight=0.5, mean=0.75, std=0.25))
+    attention: SignalPolicy = field(default_factory=lambda: SignalPolicy(weight=0.25, mean=0.5, std=0.2))
+    position: SignalPolicy = field(default_factory=lambda: SignalPolicy(weight=0.5, mean=0.3, std=0.25))
+    inertia: float = 32.0
+    clip: float = 3.0
+    gain: float = 1.5
+    ngram: int = 4
+    decay_tokens: float = 32.0
+    floor: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require_positive("estimator.inertia", self.inertia)
+        _require_positive("estimator.clip", self.clip)
+        _require_positive("estimator.gain", self.gain)
+        _require(self.ngram >= 1, f"estimator.ngram is {self.ngram}; it must be at least 1")
+        _require_positive("estimator.decay_tokens", self.decay_tokens)
+        _require(0.0 <= self.floor <= 1.0, f"estimator.floor is {self.floor}; it must lie in [0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkerPolicy:
+    """When a chunk closes: at ``max_length`` tokens, or from ``min_length`` on when the recent complexity has moved by
+    more than ``threshold`` from the chunk's mean. Recent complexity is an exponential mean that gives the newest token
+    the weight 1 / ``smoothing_tokens`` (1: the newest token alone)."""
+
+    min_length: int = 16
+    max_length: int = 64
+    threshold: float = 0.1
+    smoothing_tokens: float = 8.0
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.min_length <= self.max_length,
+            f"chunker lengths are {self.min_length}..{self.max_length}; need 1 <= min_length <= max_length",
+        )
+        _require_positive("chunker.threshold", self.threshold)
+        _require(
+            1.0 <= self.smoothing_tokens < math.inf,
+            f"chunker.smoothing_tokens is {self.smoothing_tokens}; it must be finite and at least 1",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RankPolicy:
+    """Complexity to rung and scale. The wanted rank runs geometrically from ``min_rank`` at complexity 0 to
+    ``max_rank`` (None: the trained rank) at 1 and is rounded up to a rung; ``energy_exponent`` makes up for dropped
+    energy in the scale (0: scale 1); ``crossfade`` is the window in tokens, cut to ``chunker.min_length`` so that it
+    ends within its chunk."""
+
+    min_rank: int = 2
+    max_rank: int | None = None
+    energy_exponent: float = 0.0
+    crossfade: int = 4
+
+    def __post_init__(self) -> None:
+        _require(self.min_rank >= 1, f"rank.min_rank is {self.min_rank}; it must be at least 1")
+        _require(
+            self.max_rank is None or self.max_rank >= self.min_rank,
+            f"rank.max_rank is {self.max_rank}; it must be at least min_rank, {self.min_rank}",
+        )
+        _require(0.0 <= self.energy_exponent <= 1.0, f"rank.energy_exponent is {self.energy_exponent}; use [0, 1]")
+        _require(self.crossfade >= 0, f"rank.crossfade is {self.crossfade}; it must be at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class KvPolicy:
+    """Format of closed chunks: those of complexity below ``easy_below`` take ``easy_format`` once they lie
+    ``recent_tokens`` behind the end of the sequence; the first ``sink_tokens`` positions always stay full."""
+
+    easy_format: Literal["full", "int8"] = "int8"
+    easy_below: float = 0.4
+    sink_tokens: int = 16
+    recent_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        _require(
+            self.easy_format in ("full", "int8"),
+            f"kv.easy_format is {self.easy_format!r}; use 'full' or 'int8'",
+        )
+        _require(0.0 <= self.easy_below <= 1.0, f"kv.easy_below is {self.easy_below}; it must lie in [0, 1]")
+        _require(self.sink_tokens >= 0, f"kv.sink_tokens is {self.sink_tokens}; it must be at least 0")
+        _require(self.recent_tokens >= 0, f"kv.recent_tokens is {self.recent_tokens}; it must be at least 0")
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringPolicy:
+    """The four parts of one steering policy; the defaults are what ``chunkwise serve`` runs without ``--policy``."""
+
+    estimator: EstimatorPolicy = field(default_factory=EstimatorPolicy)
+    chunker: ChunkerPolicy = field(default_factory=ChunkerPolicy)
+    rank: RankPolicy = field(default_factory=RankPolicy)
+    kv: KvPolicy = field(default_factory=KvPolicy)
+
+
+_NUMBERS = {"int": (int,), "float": (int, float), "int | None": (int,)}
+
+
+def _value(where: str, annotation: str, value: Any) -> Any:
+    accepted = _NUMBERS.get(annotation, (str,))
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise InvalidPolicy(f"{where} is {value!r}; a value of type {annotation} is expected")
+    return float(value) if annotation == "float" else value
+
+
+def _merge(where: str, default: Any, table: Any) -> Any:
+    """``default`` with the keys of ``table`` put in, and so for the dataclasses inside it."""
+    if not isinstance(table, dict):
+        raise InvalidPolicy(f"{where} is {table!r}; a table is expected")
+    annotations = {f.name: str(f.type) for f in fields(default)}
+    unknown = sorted(set(table) - set(annotations))
+    if unknown:
+        raise InvalidPolicy(f"{where} has unknown keys {unknown}; known are {sorted(annotations)}")
+    changes: dict[str, Any] = {}
+    for key, value in table.items():
+        current = getattr(default, key)
+        inner = f"{where}.{key}"
+        nested = is_dataclass(current)
+        changes[key] = _merge(inner, current, value) if nested else _value(inner, annotations[key], value)
+    return replace(default, **changes)
+
+
+def parse_policy(text: str) -> SteeringPolicy:
+    """The policy in a TOML text; sections and keys left out, a signal's too, keep their defaults.
+
+    Raises:
+        InvalidPolicy: not TOML, an unknown section or key, a wrong type, or a value out of range.
+    """
+    try:
+        document = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise InvalidPolicy(f"policy is not valid TOML: {error}") from error
+    policy: SteeringPolicy = _merge("policy", SteeringPolicy(), document)
+    return policy
+
+
+def load_policy(path: Path) -> SteeringPolicy:
+    """`parse_policy` of a file. Raises InvalidPolicy, also when the file cannot be read as UTF-8 text."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InvalidPolicy(f"policy file {path} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidPolicy(f"policy file {path} is not UTF-8 text: {error}") from error
+    return parse_policy(text)

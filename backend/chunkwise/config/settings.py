@@ -1,0 +1,109 @@
+"""What each process is told at start: frozen values, built once by `flags`, never changed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from chunkwise.config.policy import SteeringPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSource:
+    """One entry of ``--lora-adapters``: the name clients use, and a directory or Hub id with its revision."""
+
+    name: str
+    source: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the router accepts. Token limits left None are taken from the model in Warmup."""
+
+    max_concurrent_requests: int = 128
+    max_best_of: int = 2
+    max_stop_sequences: int = 4
+    max_top_n_tokens: int = 5
+    max_input_tokens: int | None = None
+    max_total_tokens: int | None = None
+    max_batch_prefill_tokens: int = 4096
+    max_batch_size: int | None = None
+    max_client_batch_size: int = 4
+    payload_bytes: int = 2_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class LogSettings:
+    """``json_output`` writes loguru-shaped JSON lines, as TGI's launcher expects of its children."""
+
+    level: str = "INFO"
+    json_output: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class RouterSettings:
+    """Everything the router process needs. ``policy`` None serves plain full-rank LoRA.
+
+    ``startup_seconds`` is how long it waits for its shards, ``grace_seconds`` how long running requests may take to end
+    after SIGTERM.
+    """
+
+    model_id: str
+    model_dir: Path
+    shard_urls: tuple[str, ...]
+    hostname: str = "0.0.0.0"
+    port: int = 3000
+    api_key: str | None = None
+    limits: Limits = field(default_factory=Limits)
+    policy: SteeringPolicy | None = field(default_factory=SteeringPolicy)
+    startup_seconds: float = 600.0
+    grace_seconds: float = 60.0
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelSettings:
+    """Place of this process in the tensor-parallel group (the environment of torchrun)."""
+
+    rank: int = 0
+    world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSettings:
+    """Everything a shard process needs.
+
+    ``urls`` lists the listening address of every shard, by rank ("unix://path" or "host:port").
+    ``max_batch_total_tokens`` sizes the KV cache (None: from the memory that is free at Warmup).
+    """
+
+    model_id: str
+    model_dir: Path
+    urls: tuple[str, ...]
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    dtype: str | None = None
+    adapters: tuple[AdapterSource, ...] = ()
+    max_batch_total_tokens: int | None = None
+    threads: int | None = None
+    model_sha: str = ""
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+@dataclass(frozen=True, slots=True)
+class ServeSettings:
+    """What the launcher needs; ``flags`` are all parsed flags by name, to be passed on to the processes it starts."""
+
+    model_id: str
+    revision: str | None
+    num_shard: int
+    hostname: str
+    port: int
+    adapters: tuple[AdapterSource, ...]
+    threads: int | None
+    api_key: str | None
+    log: LogSettings
+    flags: Mapping[str, object]

@@ -1,0 +1,290 @@
+"""The nouns that router and shards share. Plain values: this module knows nothing of protobuf, torch or sockets.
+
+Error tree::
+
+    ChunkwiseError
+    ├── InvalidRequest          the client's mistake; ends that request alone
+    │   └── UnknownAdapter
+    ├── Overloaded              no capacity now; the client may try again
+    ├── GenerationFailed        a request was lost while being served
+    ├── SteeringViolation       a steering update broke the protocol
+    └── UnsupportedModel        cannot be served; refused at start
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+
+class ChunkwiseError(Exception):
+    """Base of all errors that ChunkWise raises on purpose."""
+
+
+class InvalidRequest(ChunkwiseError):
+    """A request that cannot be served as asked. The message names the value, the limit and the remedy."""
+
+
+class UnknownAdapter(InvalidRequest):
+    """A request that names an adapter which is not resident."""
+
+
+class Overloaded(ChunkwiseError):
+    """Too many requests at once."""
+
+
+class GenerationFailed(ChunkwiseError):
+    """A request was lost while it was being served."""
+
+
+class SteeringViolation(ChunkwiseError):
+    """A steering update that breaks the protocol: out of order, for a computed position, or for an unknown rung."""
+
+
+class UnsupportedModel(ChunkwiseError):
+    """A checkpoint or a parallel layout that this server cannot run."""
+
+
+class FinishReason(IntEnum):
+    """Why a request ended; the numbers are generate.v3's."""
+
+    LENGTH = 0
+    EOS_TOKEN = 1
+    STOP_SEQUENCE = 2
+
+
+class KvFormat(IntEnum):
+    """How the keys and values of a page are stored; the numbers are steering.v1's."""
+
+    FULL = 0
+    INT8 = 1
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen. Defaults are the neutral values of generate.v3."""
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    typical_p: float = 1.0
+    do_sample: bool = False
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    watermark: bool = False
+    grammar: str = ""
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token is drawn; as in TGI, any warper switches sampling on, even with ``do_sample`` false."""
+        return self.do_sample or self.temperature != 1.0 or self.top_k != 0 or self.top_p < 1.0 or self.typical_p < 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class StoppingParams:
+    """When a request ends. ``max_new_tokens`` counts generated tokens, the last one included."""
+
+    max_new_tokens: int
+    stop_sequences: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationRequest:
+    """One request as a shard receives it.
+
+    ``prompt_ids`` are the router's token ids; when None the shard tokenises ``inputs`` and keeps the last ``truncate``
+    ids (0: all). ``chunk_len`` limits the first step to that many prompt tokens.
+    """
+
+    id: int
+    inputs: str
+    sampling: SamplingParams
+    stopping: StoppingParams
+    prompt_ids: tuple[int, ...] | None = None
+    truncate: int = 0
+    add_special_tokens: bool = True
+    adapter_id: str | None = None
+    top_n_tokens: int = 0
+    chunk_len: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token as a client sees it. ``logprob`` is the natural logarithm of its probability after all processors."""
+
+    id: int
+    logprob: float
+    text: str
+    special: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratedText:
+    """The end of a request. ``seed`` is set only when the request sampled."""
+
+    text: str
+    generated_tokens: int
+    finish_reason: FinishReason
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestError:
+    """Why one request of a batch was ended. ``kind`` is "validation" (the client's mistake) or "generation"."""
+
+    message: str
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What one step produced for one request. ``text`` set, or ``error`` set, means that the request has ended."""
+
+    request_id: int
+    token: Token
+    text: GeneratedText | None = None
+    top_tokens: tuple[Token, ...] = ()
+    error: RequestError | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CachedBatch:
+    """The live batch of a shard. ``max_tokens`` and ``current_tokens`` are token counts, as in generate.v3."""
+
+    id: int
+    request_ids: tuple[int, ...]
+    max_tokens: int
+    current_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """Outcome of one Prefill or Decode. ``batch`` is None when no request is left. Times in nanoseconds."""
+
+    generations: tuple[Generation, ...]
+    batch: CachedBatch | None
+    forward_ns: int = 0
+    decode_ns: int = 0
+    total_ns: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run ``[start, end)`` of token positions of one request with its mean complexity in [0, 1]."""
+
+    start: int
+    end: int
+    complexity: float
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDecision:
+    """Opens a chunk at ``start``; it lasts until the next decision of the same request.
+
+    ``rung`` is a rank budget per module, one of the adapter's rungs (None: full rank, 0: skip the adapter); ``scale``
+    multiplies the adapter's output; over the first ``crossfade`` tokens the previous chunk's gate is blended in.
+    """
+
+    request_id: int
+    start: int
+    rung: int | None = None
+    scale: float = 1.0
+    crossfade: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class KvDecision:
+    """From now on the pages of the closed chunk ``[start, end)`` are stored in ``format``; a page shared with other
+    tokens waits for their decision."""
+
+    request_id: int
+    start: int
+    end: int
+    format: KvFormat
+
+
+@dataclass(frozen=True, slots=True)
+class SteeringUpdate:
+    """Everything decided since the previous update of a steering session; ``seq`` counts 1, 2, 3, …"""
+
+    seq: int
+    chunks: tuple[ChunkDecision, ...] = ()
+    kv: tuple[KvDecision, ...] = ()
+    released: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceSignals:
+    """Model-based signals at ``position``, the last token computed.
+
+    ``entropy`` is that of the raw next-token distribution over ln V, in [0, 1]; ``attention_spread`` is the entropy of
+    the chosen heads' attention over ln(context), in [0, 1], or None where the kernel hides the weights.
+    """
+
+    request_id: int
+    position: int
+    entropy: float
+    attention_spread: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepSignals:
+    """The signals of one step."""
+
+    step: int
+    signals: tuple[SequenceSignals, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterInfo:
+    """What a router must know of a resident adapter; the three tuples run parallel to ``rungs`` (ascending)."""
+
+    adapter_id: str
+    content_hash: str
+    trained_rank: int
+    rungs: tuple[int, ...]
+    kept_energy: tuple[float, ...]
+    mean_active_rank: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """Answer to Info. ``page_size`` is generate.v3's block_size, in token positions."""
+
+    dtype: str
+    device_type: str
+    page_size: int
+    max_position_embeddings: int
+    model_sha: str = ""
+    adapters: tuple[AdapterInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupLimits:
+    """The limits agreed in Warmup, all in tokens."""
+
+    max_input_tokens: int
+    max_total_tokens: int
+    max_supported_total_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvUsage:
+    """Pages of one format in use and the bytes they hold on one shard."""
+
+    format: KvFormat
+    pages: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ShardState:
+    """What a shard holds at this moment."""
+
+    sequences: int = 0
+    steered_requests: int = 0
+    kv: tuple[KvUsage, ...] = field(default=())
+    kv_bytes_budget: int = 0
+    resident_bytes: int = 0

@@ -1,0 +1,337 @@
+"""Protobuf messages to `core` values and back. Total functions: every message maps, and what is missing takes
+generate.v3's neutral value. Checking that a request can be served is not done here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from chunkwise import core
+from chunkwise.pb import generate_pb2 as pb
+from chunkwise.pb import steering_pb2 as steer_pb
+
+_KV_NAMES = {core.KvFormat.FULL: "full", core.KvFormat.INT8: "int8"}
+_KV_FORMATS = {name: kind for kind, name in _KV_NAMES.items()}
+
+
+def _text(request: pb.Request) -> str:
+    """The prompt's text: text chunks joined; images are skipped, and without chunks `inputs` counts."""
+    texts = [chunk.text for chunk in request.input_chunks.chunks if chunk.HasField("text")]
+    return "".join(texts) if texts else request.inputs
+
+
+def request_from_pb(request: pb.Request) -> core.GenerationRequest:
+    """One generate.v3 Request. Zero temperature, top_p, typical_p and repetition_penalty (unset) read as neutral 1."""
+    p, s = request.parameters, request.stopping_parameters
+    return core.GenerationRequest(
+        id=request.id,
+        inputs=_text(request),
+        sampling=core.SamplingParams(
+            temperature=p.temperature or 1.0,
+            top_k=p.top_k,
+            top_p=p.top_p or 1.0,
+            typical_p=p.typical_p or 1.0,
+            do_sample=p.do_sample,
+            seed=p.seed,
+            repetition_penalty=p.repetition_penalty or 1.0,
+            frequency_penalty=p.frequency_penalty,
+            watermark=p.watermark,
+            grammar=p.grammar if p.grammar_type != pb.GRAMMAR_TYPE_NONE else "",
+        ),
+        stopping=core.StoppingParams(s.max_new_tokens, tuple(s.stop_sequences), s.ignore_eos_token),
+        prompt_ids=tuple(request.prompt_ids) or None,
+        truncate=request.truncate,
+        add_special_tokens=request.add_special_tokens,
+        adapter_id=request.adapter_id or None,
+        top_n_tokens=request.top_n_tokens,
+        chunk_len=request.chunk_len if request.HasField("chunk_len") else None,
+    )
+
+
+def request_to_pb(request: core.GenerationRequest) -> pb.Request:
+    """The inverse of `request_from_pb`."""
+    p, s = request.sampling, request.stopping
+    return pb.Request(
+        id=request.id,
+        inputs=request.inputs,
+        input_chunks=pb.Input(chunks=[pb.InputChunk(text=request.inputs)]),
+        truncate=request.truncate,
+        parameters=pb.NextTokenChooserParameters(
+            temperature=p.temperature,
+            top_k=p.top_k,
+            top_p=p.top_p,
+            typical_p=p.typical_p,
+            do_sample=p.do_sample,
+            seed=p.seed,
+            repetition_penalty=p.repetition_penalty,
+            frequency_penalty=p.frequency_penalty,
+            watermark=p.watermark,
+            grammar=p.grammar,
+            grammar_type=pb.GRAMMAR_TYPE_REGEX if p.grammar else pb.GRAMMAR_TYPE_NONE,
+        ),
+        stopping_parameters=pb.StoppingCriteriaParameters(
+            max_new_tokens=s.max_new_tokens, stop_sequences=s.stop_sequences, ignore_eos_token=s.ignore_eos
+        ),
+        top_n_tokens=request.top_n_tokens,
+        adapter_id=request.adapter_id,
+        add_special_tokens=request.add_special_tokens,
+        chunk_len=request.chunk_len,
+        prompt_ids=request.prompt_ids or (),
+    )
+
+
+def batch_to_pb(batch_id: int, requests: Sequence[core.GenerationRequest]) -> pb.Batch:
+    """A new batch of requests."""
+    return pb.Batch(
+        id=batch_id,
+        requests=[request_to_pb(request) for request in requests],
+        size=len(requests),
+        max_tokens=sum(len(r.prompt_ids or ()) + r.stopping.max_new_tokens for r in requests),
+    )
+
+
+def cached_batch_from_pb(batch: pb.CachedBatch) -> core.CachedBatch:
+    """A batch that the shard holds."""
+    return core.CachedBatch(batch.id, tuple(batch.request_ids), batch.max_tokens, batch.current_tokens)
+
+
+def cached_batch_to_pb(batch: core.CachedBatch) -> pb.CachedBatch:
+    """The inverse of `cached_batch_from_pb`."""
+    return pb.CachedBatch(
+        id=batch.id,
+        request_ids=batch.request_ids,
+        size=len(batch.request_ids),
+        max_tokens=batch.max_tokens,
+        current_tokens=batch.current_tokens,
+    )
+
+
+def _tokens_to_pb(tokens: Sequence[core.Token]) -> pb.Tokens:
+    return pb.Tokens(
+        ids=[token.id for token in tokens],
+        logprobs=[token.logprob for token in tokens],
+        texts=[token.text for token in tokens],
+        is_special=[token.special for token in tokens],
+    )
+
+
+def _tokens_from_pb(tokens: pb.Tokens) -> tuple[core.Token, ...]:
+    rows = zip(tokens.ids, tokens.logprobs, tokens.texts, tokens.is_special, strict=False)
+    return tuple(core.Token(*row) for row in rows)
+
+
+def generation_to_pb(generation: core.Generation) -> pb.Generation:
+    """What one step produced for one request."""
+    text = generation.text
+    return pb.Generation(
+        request_id=generation.request_id,
+        tokens=_tokens_to_pb([generation.token]),
+        generated_text=None
+        if text is None
+        else pb.GeneratedText(
+            text=text.text,
+            generated_tokens=text.generated_tokens,
+            finish_reason=pb.FinishReason.ValueType(text.finish_reason),
+            seed=text.seed,
+        ),
+        top_tokens=[_tokens_to_pb(generation.top_tokens)] if generation.top_tokens else [],
+        error=None
+        if generation.error is None
+        else pb.RequestError(message=generation.error.message, kind=generation.error.kind),
+    )
+
+
+def generations_from_pb(generation: pb.Generation) -> tuple[core.Generation, ...]:
+    """One value per token: a speculating shard may send several tokens at once, and the end belongs to the last."""
+    text = error = None
+    if generation.HasField("generated_text"):
+        g = generation.generated_text
+        reason = core.FinishReason(g.finish_reason)
+        text = core.GeneratedText(g.text, g.generated_tokens, reason, g.seed if g.HasField("seed") else None)
+    if generation.HasField("error"):
+        error = core.RequestError(generation.error.message, generation.error.kind)
+    tokens = _tokens_from_pb(generation.tokens)
+    tops = [_tokens_from_pb(top) for top in generation.top_tokens] + [()] * len(tokens)
+    last = len(tokens) - 1
+    return tuple(
+        core.Generation(
+            generation.request_id,
+            token,
+            text=text if i == last else None,
+            top_tokens=tops[i],
+            error=error if i == last else None,
+        )
+        for i, token in enumerate(tokens)
+    )
+
+
+def result_from_pb(response: pb.PrefillResponse | pb.DecodeResponse) -> core.StepResult:
+    """Outcome of a step."""
+    return core.StepResult(
+        generations=tuple(g for message in response.generations for g in generations_from_pb(message)),
+        batch=cached_batch_from_pb(response.batch) if response.HasField("batch") else None,
+        forward_ns=response.forward_ns,
+        decode_ns=response.decode_ns,
+        total_ns=response.total_ns,
+    )
+
+
+def result_to_prefill_pb(result: core.StepResult) -> pb.PrefillResponse:
+    """Outcome of a step that admitted requests."""
+    return pb.PrefillResponse(
+        generations=[generation_to_pb(g) for g in result.generations],
+        batch=cached_batch_to_pb(result.batch) if result.batch else None,
+        forward_ns=result.forward_ns,
+        decode_ns=result.decode_ns,
+        total_ns=result.total_ns,
+    )
+
+
+def result_to_decode_pb(result: core.StepResult) -> pb.DecodeResponse:
+    """Outcome of a step over cached batches. DecodeResponse has PrefillResponse's fields under the same numbers."""
+    return pb.DecodeResponse.FromString(result_to_prefill_pb(result).SerializeToString())
+
+
+def info_to_pb(info: core.ShardInfo) -> pb.InfoResponse:
+    """Answer to Info."""
+    return pb.InfoResponse(
+        requires_padding=False,
+        dtype=info.dtype,
+        device_type=info.device_type,
+        support_chunking=True,
+        use_prefix_caching=False,
+        attention_impl="paged",
+        block_size=info.page_size,
+        adapters=[
+            pb.AdapterInfo(
+                adapter_id=a.adapter_id,
+                content_hash=a.content_hash,
+                trained_rank=a.trained_rank,
+                rungs=a.rungs,
+                kept_energy=a.kept_energy,
+                mean_active_rank=a.mean_active_rank,
+            )
+            for a in info.adapters
+        ],
+        model_sha=info.model_sha,
+        max_position_embeddings=info.max_position_embeddings,
+    )
+
+
+def info_from_pb(info: pb.InfoResponse) -> core.ShardInfo:
+    """The inverse of `info_to_pb`."""
+    return core.ShardInfo(
+        dtype=info.dtype,
+        device_type=info.device_type,
+        page_size=info.block_size,
+        max_position_embeddings=info.max_position_embeddings,
+        model_sha=info.model_sha,
+        adapters=tuple(
+            core.AdapterInfo(
+                a.adapter_id,
+                a.content_hash,
+                a.trained_rank,
+                tuple(a.rungs),
+                tuple(a.kept_energy),
+                tuple(a.mean_active_rank),
+            )
+            for a in info.adapters
+        ),
+    )
+
+
+def state_to_pb(state: core.ShardState) -> pb.ShardState:
+    """What a shard holds."""
+    return pb.ShardState(
+        sequences=state.sequences,
+        steered_requests=state.steered_requests,
+        kv_pages=[pb.KvPages(format=_KV_NAMES[u.format], used=u.pages, bytes=u.bytes) for u in state.kv],
+        kv_bytes_budget=state.kv_bytes_budget,
+        resident_bytes=state.resident_bytes,
+    )
+
+
+def state_from_pb(state: pb.ShardState) -> core.ShardState:
+    """The inverse of `state_to_pb`; formats this build does not know are left out."""
+    return core.ShardState(
+        sequences=state.sequences,
+        steered_requests=state.steered_requests,
+        kv=tuple(
+            core.KvUsage(_KV_FORMATS[u.format], u.used, u.bytes) for u in state.kv_pages if u.format in _KV_FORMATS
+        ),
+        kv_bytes_budget=state.kv_bytes_budget,
+        resident_bytes=state.resident_bytes,
+    )
+
+
+def update_to_pb(update: core.SteeringUpdate) -> steer_pb.SteeringUpdate:
+    """One steering update. Scale 1 is sent as unset, its meaning on the wire."""
+    return steer_pb.SteeringUpdate(
+        seq=update.seq,
+        chunks=[
+            steer_pb.ChunkDecision(
+                request_id=c.request_id,
+                start=c.start,
+                rung=c.rung,
+                scale=None if c.scale == 1.0 else c.scale,
+                crossfade=c.crossfade,
+            )
+            for c in update.chunks
+        ],
+        kv=[
+            steer_pb.KvDecision(
+                request_id=k.request_id, start=k.start, end=k.end, format=steer_pb.KvFormat.ValueType(k.format)
+            )
+            for k in update.kv
+        ],
+        released=update.released,
+    )
+
+
+def update_from_pb(update: steer_pb.SteeringUpdate) -> core.SteeringUpdate:
+    """The inverse of `update_to_pb`; a KV format this build does not know reads as full."""
+    known = {int(kind) for kind in core.KvFormat}
+    return core.SteeringUpdate(
+        seq=update.seq,
+        chunks=tuple(
+            core.ChunkDecision(
+                c.request_id,
+                c.start,
+                rung=c.rung if c.HasField("rung") else None,
+                scale=c.scale if c.HasField("scale") else 1.0,
+                crossfade=c.crossfade,
+            )
+            for c in update.chunks
+        ),
+        kv=tuple(
+            core.KvDecision(
+                k.request_id, k.start, k.end, core.KvFormat(k.format) if int(k.format) in known else core.KvFormat.FULL
+            )
+            for k in update.kv
+        ),
+        released=tuple(update.released),
+    )
+
+
+def _signal_to_pb(signal: core.SequenceSignals) -> steer_pb.SequenceSignals:
+    return steer_pb.SequenceSignals(
+        request_id=signal.request_id,
+        position=signal.position,
+        entropy=signal.entropy,
+        attention_spread=signal.attention_spread,
+    )
+
+
+def signals_to_pb(signals: core.StepSignals) -> steer_pb.StepSignals:
+    """The signals of one step."""
+    return steer_pb.StepSignals(step=signals.step, signals=[_signal_to_pb(s) for s in signals.signals])
+
+
+def signals_from_pb(signals: steer_pb.StepSignals) -> core.StepSignals:
+    """The inverse of `signals_to_pb`."""
+
+    def each(messages: Iterable[steer_pb.SequenceSignals]) -> Iterable[core.SequenceSignals]:
+        for s in messages:
+            spread = s.attention_spread if s.HasField("attention_spread") else None
+            yield core.SequenceSignals(s.request_id, s.position, s.entropy, spread)
+
+    return core.StepSignals(signals.step, tuple(each(signals.signals)))
