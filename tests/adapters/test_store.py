@@ -1,0 +1,123 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from chunkwise_adapters.format import TARGETS, AdapterConflict, AdapterNotFound, LoraWeights
+from chunkwise_adapters.ladder import RankLadder, build_ladder
+from chunkwise_adapters.store import AdapterStore, ResidentModule, TargetSlice
+
+CPU = torch.device("cpu")
+SIZES = {"hidden": 48, "kv": 40, "mlp": 64}
+COLUMN_PARALLEL = {"q_proj": "hidden", "k_proj": "kv", "v_proj": "kv", "gate_proj": "mlp", "up_proj": "mlp"}
+ROW_PARALLEL = {"o_proj": "hidden", "down_proj": "mlp"}
+
+
+def shard_slices(rank: int, world_size: int) -> dict[str, TargetSlice]:
+    def part(size: int) -> slice:
+        return slice(size * rank // world_size, size * (rank + 1) // world_size)
+
+    return {target: TargetSlice(part(SIZES[size]), slice(None)) for target, size in COLUMN_PARALLEL.items()} | {
+        target: TargetSlice(slice(None), part(SIZES[size])) for target, size in ROW_PARALLEL.items()
+    }
+
+
+@pytest.fixture
+def ladder(make_weights: Callable[..., LoraWeights]) -> RankLadder:
+    return build_ladder(make_weights("squad", rank=16))
+
+
+def product(module: ResidentModule, k: int) -> torch.Tensor:
+    return module.b_t[:k].T @ module.a[:k]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_shards_together_hold_the_whole_update_at_every_rank(ladder: RankLadder, world_size: int) -> None:
+    whole = AdapterStore(None, torch.float32, CPU).add(ladder)
+    stores = [AdapterStore(shard_slices(rank, world_size), torch.float32, CPU) for rank in range(world_size)]
+    shards = [store.add(ladder) for store in stores]
+    for key, module in whole.modules.items():
+        for k in module.active_ranks:
+            parts = [product(shard.modules[key], k) for shard in shards]
+            joined = torch.cat(parts, dim=1 if key[1] in ROW_PARALLEL else 0)
+            torch.testing.assert_close(joined, product(module, k))
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_outputs_of_shards_sum_or_join_to_the_unsharded_output(ladder: RankLadder, target: str) -> None:
+    whole = AdapterStore(None, torch.float32, CPU).add(ladder).modules[1, target]
+    x = torch.randn(5, whole.a.shape[1])
+    outputs = []
+    for rank in range(2):
+        slices = shard_slices(rank, 2)
+        module = AdapterStore(slices, torch.float32, CPU).add(ladder).modules[1, target]
+        outputs.append(x[:, slices[target].inp] @ module.a[:8].T @ module.b_t[:8])
+    together = outputs[0] + outputs[1] if target in ROW_PARALLEL else torch.cat(outputs, dim=1)
+    torch.testing.assert_close(together, x @ product(whole, 8).T)
+
+
+def test_the_rank_is_never_sliced_and_the_replicated_half_is_whole(ladder: RankLadder) -> None:
+    shard = AdapterStore(shard_slices(1, 2), torch.float32, CPU).add(ladder)
+    for key, module in shard.modules.items():
+        full = ladder.modules[key]
+        assert len(module.a) == len(module.b_t) == len(full.a)
+        assert module.active_ranks == ladder.active_ranks[key]
+        replicated = (module.b_t, full.b_t) if key[1] in ROW_PARALLEL else (module.a, full.a)
+        assert torch.equal(*replicated)
+
+
+def test_bytes_count_the_local_factors_in_the_store_type(ladder: RankLadder) -> None:
+    whole = AdapterStore(None, torch.float32, CPU).add(ladder)
+    half = AdapterStore(None, torch.bfloat16, CPU).add(ladder)
+    shards = [AdapterStore(shard_slices(rank, 2), torch.bfloat16, CPU).add(ladder) for rank in range(2)]
+    assert whole.bytes == sum((m.a.numel() + m.b_t.numel()) * 4 for m in ladder.modules.values())
+    assert half.bytes * 2 == whole.bytes
+    assert half.bytes < shards[0].bytes + shards[1].bytes < 2 * half.bytes
+    assert all(m.a.is_contiguous() and m.b_t.is_contiguous() for m in shards[1].modules.values())
+
+
+def test_a_shard_does_not_keep_the_whole_factor_alive(ladder: RankLadder) -> None:
+    for module in AdapterStore(shard_slices(0, 2), torch.float32, CPU).add(ladder).modules.values():
+        assert min(t.untyped_storage().nbytes() / t.nbytes for t in (module.a, module.b_t)) == 1.0
+
+
+def test_resident_adapter_carries_the_ladder_s_description(ladder: RankLadder) -> None:
+    store = AdapterStore(None, torch.float32, CPU)
+    resident = store.add(ladder)
+    assert store.get("squad") is resident
+    assert store.infos() == (resident,)
+    for name in ("name", "content_hash", "trained_rank", "rungs", "kept_energy", "mean_active_rank"):
+        assert getattr(resident, name) == getattr(ladder, name)
+    assert resident.rung_index(8) == ladder.rung_index(8)
+
+
+def test_adding_the_same_adapter_again_changes_nothing(make_weights: Callable[..., LoraWeights]) -> None:
+    store = AdapterStore(None, torch.float32, CPU)
+    first = store.add(build_ladder(make_weights("squad", rank=16)))
+    assert store.add(build_ladder(make_weights("squad", rank=16))) is first
+
+
+def test_a_taken_name_is_refused_for_other_content_or_another_ladder(
+    make_weights: Callable[..., LoraWeights],
+) -> None:
+    store = AdapterStore(None, torch.float32, CPU)
+    resident = store.add(build_ladder(make_weights("squad", rank=16, seed=1)))
+    with pytest.raises(AdapterConflict, match=r"squad.*1-hash-of.*2-hash-of.*remove it first"):
+        store.add(build_ladder(make_weights("squad", rank=16, seed=2)))
+    with pytest.raises(AdapterConflict, match=r"rungs \(0, 16\)"):
+        store.add(build_ladder(make_weights("squad", rank=16, seed=1), rungs=(0,)))
+    with pytest.raises(AdapterConflict, match="another ladder"):
+        store.add(build_ladder(make_weights("squad", rank=16, seed=1), allocation="global"))
+    assert store.get("squad") is resident
+
+
+def test_unknown_names_are_not_found_and_the_known_ones_listed(make_weights: Callable[..., LoraWeights]) -> None:
+    store = AdapterStore(None, torch.float32, CPU)
+    for name in ("wiki", "squad"):
+        store.add(build_ladder(make_weights(name, rank=4)))
+    assert store.names() == ("squad", "wiki")
+    store.remove("wiki")
+    assert store.names() == ("squad",)
+    for call in (store.get, store.remove):
+        with pytest.raises(AdapterNotFound, match=r"'wiki' is not resident; resident are \['squad'\]"):
+            call("wiki")
