@@ -1,0 +1,97 @@
+"""The steering of all live requests: what the router's loop talks to. Does no IO: updates are values to be sent."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from chunkwise.config.policy import SteeringPolicy
+from chunkwise.core import AdapterInfo, ChunkDecision, KvDecision, SteeringUpdate, StepSignals
+from chunkwise.steering.ranks import RankSelector
+from chunkwise.steering.report import SteeringReport
+from chunkwise.steering.sequence import SteeredSequence
+
+
+class SteeringController:
+    """Turns tokens and signals of many requests into numbered steering updates.
+
+    The loop flushes right before each step, and observes the signals of step n after step n + 1 was started and before
+    step n + 2 is. Under that contract no decision starts at a position that is computed by the time it is flushed, and
+    the updates depend on the calls' arguments and order alone. Request ids are used once per controller.
+    """
+
+    def __init__(self, policy: SteeringPolicy) -> None:
+        self._policy = policy
+        self._sequences: dict[int, SteeredSequence] = {}
+        self._chunks: list[ChunkDecision] = []
+        self._kv: list[KvDecision] = []
+        self._released: list[int] = []
+        self._seq = 0
+
+    @property
+    def last_seq(self) -> int:
+        """``seq`` of the newest flushed update, 0 before the first."""
+        return self._seq
+
+    def admit(self, request_id: int, prompt_ids: Sequence[int], adapter: AdapterInfo | None) -> None:
+        """Plans the prompt of a new request. Without an adapter its chunks steer the KV cache alone.
+
+        Raises:
+            ValueError: the id is live already, the prompt is empty, or the adapter's rungs are malformed.
+        """
+        if request_id in self._sequences:
+            raise ValueError(f"request {request_id} is already steered; ids are used once")
+        selector = RankSelector(self._policy.rank, adapter) if adapter is not None else None
+        sequence = SteeredSequence(request_id, prompt_ids, self._policy, selector)
+        self._sequences[request_id] = sequence
+        self._chunks.extend(sequence.decisions())
+
+    def extend(self, request_id: int, token_id: int) -> None:
+        """Takes the next generated token of a request. Raises ValueError if the request is not live."""
+        self._sequence(request_id).extend(token_id)
+
+    def observe(self, signals: StepSignals) -> None:
+        """Takes the signals of one step. Those of requests that are not live are ignored: signals trail the last step.
+
+        Raises:
+            SteeringViolation: a live request's position does not follow the one before, or its token was never given.
+        """
+        for of_sequence in signals.signals:
+            sequence = self._sequences.get(of_sequence.request_id)
+            if sequence is None:
+                continue
+            decision = sequence.observe(of_sequence)
+            if decision is not None:
+                self._chunks.append(decision)
+            self._kv.extend(sequence.due_kv())
+
+    def report(self, request_id: int, length: int) -> SteeringReport:
+        """What steering did to the first ``length`` positions of a request. Raises ValueError if it is not live."""
+        return self._sequence(request_id).report(length)
+
+    def release(self, request_id: int) -> SteeringReport | None:
+        """Forgets a request and drops its unsent decisions; the next update releases it on the shards.
+
+        Returns its report over the tokens known to be computed, or None if it is not live.
+        """
+        sequence = self._sequences.pop(request_id, None)
+        if sequence is None:
+            return None
+        self._chunks = [decision for decision in self._chunks if decision.request_id != request_id]
+        self._kv = [decision for decision in self._kv if decision.request_id != request_id]
+        self._released.append(request_id)
+        return sequence.report(sequence.computed)
+
+    def flush(self) -> SteeringUpdate | None:
+        """Everything decided since the last flush, as the next update; None if nothing was."""
+        if not (self._chunks or self._kv or self._released):
+            return None
+        self._seq += 1
+        update = SteeringUpdate(self._seq, tuple(self._chunks), tuple(self._kv), tuple(self._released))
+        self._chunks, self._kv, self._released = [], [], []
+        return update
+
+    def _sequence(self, request_id: int) -> SteeredSequence:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            raise ValueError(f"request {request_id} is not steered; admit it first, do not use it after its release")
+        return sequence

@@ -1,0 +1,61 @@
+"""Complexity to rung and scale, for one adapter. Knows no tokens and no positions."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+from chunkwise.config.policy import RankPolicy
+from chunkwise.core import AdapterInfo
+
+
+@dataclass(frozen=True, slots=True)
+class RankChoice:
+    """A rung (None: no adapter), the mean rank over the adapter's modules that it activates, and its output scale."""
+
+    rung: int | None
+    active_rank: float
+    scale: float
+
+
+class RankSelector:
+    """Chooses among the rungs of ``adapter``.
+
+    Wanted rank: ``min_rank · (max_rank / min_rank) ** complexity``, both bounds cut to the trained rank. The choice is
+    the smallest rung that is at least the wanted rank, or the largest rung if none is.
+
+    Scale: ``(E / E_k) ** (energy_exponent / 2)`` with E_k the squared singular values kept at the rung and E those of
+    the largest rung, so exponent 1 restores the Frobenius norm of the full update. Where nothing is kept, it is 1.
+
+    Raises:
+        ValueError: the adapter has no rungs, or its tuples differ in length.
+    """
+
+    def __init__(self, policy: RankPolicy, adapter: AdapterInfo) -> None:
+        sizes = {len(adapter.rungs), len(adapter.kept_energy), len(adapter.mean_active_rank)}
+        if len(sizes) != 1 or not adapter.rungs:
+            raise ValueError(
+                f"adapter {adapter.adapter_id!r} has {len(adapter.rungs)} rungs, {len(adapter.kept_energy)} energies "
+                f"and {len(adapter.mean_active_rank)} active ranks; it needs at least one rung and one of each per rung"
+            )
+        self._min_rank = min(policy.min_rank, adapter.trained_rank)
+        self._max_rank = min(policy.max_rank or adapter.trained_rank, adapter.trained_rank)
+        self._rungs = adapter.rungs
+        total = adapter.kept_energy[-1]
+        self._choices = tuple(
+            RankChoice(rung, active, _energy_scale(kept, total, policy.energy_exponent))
+            for rung, kept, active in zip(adapter.rungs, adapter.kept_energy, adapter.mean_active_rank, strict=True)
+        )
+
+    def select(self, complexity: float) -> RankChoice:
+        """The choice for ``complexity`` in [0, 1]; its rung never falls when the complexity rises."""
+        wanted = self._min_rank * (self._max_rank / self._min_rank) ** complexity
+        # Rounding may carry a power just above its bound, where the next rung would be taken for nothing.
+        index = bisect_left(self._rungs, min(wanted, self._max_rank))
+        return self._choices[min(index, len(self._choices) - 1)]
+
+
+def _energy_scale(kept: float, total: float, exponent: float) -> float:
+    if kept <= 0.0 or exponent == 0.0:
+        return 1.0
+    return float((total / kept) ** (exponent / 2.0))

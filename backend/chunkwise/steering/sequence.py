@@ -1,0 +1,191 @@
+"""Steering of one request: from its tokens and signals to its chunks, their ranks and their KV formats.
+
+It knows nothing of other requests, of updates or of their numbering; `controller` adds those.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from chunkwise.config.policy import SteeringPolicy
+from chunkwise.core import Chunk, ChunkDecision, KvDecision, KvFormat, SequenceSignals, SteeringViolation
+from chunkwise.steering.chunker import Chunker
+from chunkwise.steering.estimator import ComplexityEstimator, Observation
+from chunkwise.steering.kv_policy import KvSchedule
+from chunkwise.steering.ranks import RankChoice, RankSelector
+from chunkwise.steering.report import ChunkReport, SteeringReport
+from chunkwise.steering.signals import NgramNovelty, positional_prior
+
+# The signals of position p are consumed while the step of p + 1 runs; the next step to be steered computes p + 2.
+DECODE_LEAD = 2
+
+_NO_ADAPTER = RankChoice(rung=None, active_rank=0.0, scale=1.0)
+
+
+@dataclass(slots=True)
+class _SteeredChunk:
+    """A chunk as decided: ``level`` is the complexity that chose its rank. It ends where the next one starts."""
+
+    start: int
+    level: float
+    choice: RankChoice
+    crossfade: int
+    kv: KvFormat = KvFormat.FULL
+
+
+class SteeredSequence:
+    """One request from admission to release.
+
+    The prompt is planned whole at construction, from novelty and positional prior; its last chunk stays open and runs
+    on into the answer. Each prompt chunk takes its rank from the mean complexity of its own tokens; a chunk opened in
+    decode cannot know its tokens yet and takes it from `Chunker.recent`, the exponential mean over the last few tokens.
+
+    Raises:
+        ValueError: ``prompt_ids`` is empty.
+    """
+
+    def __init__(
+        self, request_id: int, prompt_ids: Sequence[int], policy: SteeringPolicy, selector: RankSelector | None
+    ) -> None:
+        if not prompt_ids:
+            raise ValueError(f"request {request_id} has an empty prompt; a request needs at least one token")
+        self._request_id = request_id
+        self._prompt_length = len(prompt_ids)
+        self._policy = policy
+        self._selector = selector
+        self._novelty = NgramNovelty(policy.estimator.ngram)
+        self._estimator = ComplexityEstimator(policy.estimator)
+        self._chunker = Chunker(policy.chunker)
+        self._kv = KvSchedule(request_id, policy.kv)
+        self._chunks: list[_SteeredChunk] = []
+        self._closed = 0
+        self._computed = 0
+        self._generated = 0
+        self._unobserved: deque[float] = deque()
+        self._plan(prompt_ids)
+
+    @property
+    def computed(self) -> int:
+        """Number of leading positions known to be computed: from signals, or from the tokens generated after them."""
+        return max(self._computed, self._prompt_length + self._generated - 1 if self._generated else 0)
+
+    def decisions(self) -> list[ChunkDecision]:
+        """The decisions of all chunks so far, in order; none without an adapter."""
+        return [self._decision(chunk) for chunk in self._chunks] if self._selector is not None else []
+
+    def extend(self, token_id: int) -> None:
+        """Takes the next generated token."""
+        self._unobserved.append(self._novelty.push(token_id))
+        self._generated += 1
+
+    def observe(self, signals: SequenceSignals) -> ChunkDecision | None:
+        """Takes the signals of the newest computed position; returns the decision they led to, if any.
+
+        Within the prompt they only move the normalisation of the model's signals. From the last prompt token on they
+        are one per position p, and a chunk opened by them starts at p + `DECODE_LEAD`.
+
+        Raises:
+            SteeringViolation: the position does not follow the one before, or its token has not been given yet.
+        """
+        position = signals.position
+        self._check_order(position)
+        self._computed = position + 1
+        if position < self._prompt_length - 1:
+            self._estimator.estimate(Observation(entropy=signals.entropy, attention=signals.attention_spread))
+            return None
+        if position == self._prompt_length - 1:
+            # Its complexity was planned without the model's signals. (The normalisation of novelty and position counts
+            # this one token twice, which cannot be seen beside `inertia`.)
+            self._chunker.retract()
+        complexity = self._estimator.estimate(
+            Observation(
+                entropy=signals.entropy,
+                novelty=self._unobserved.popleft(),
+                attention=signals.attention_spread,
+                position=positional_prior(position, self._prompt_length, self._policy.estimator),
+            )
+        )
+        start = self._chunker.push(complexity, DECODE_LEAD)
+        if start is None:
+            return None
+        chunk = self._open(start, self._chunker.recent)
+        return self._decision(chunk) if self._selector is not None else None
+
+    def due_kv(self) -> list[KvDecision]:
+        """KV decisions that have become due since the last call."""
+        while self._closed + 1 < len(self._chunks) and self._chunks[self._closed + 1].start <= self._computed:
+            start, end = self._chunks[self._closed].start, self._chunks[self._closed + 1].start
+            self._kv.close(Chunk(start, end, self._chunker.mean(start, end)))
+            self._closed += 1
+        due = self._kv.advance(self._computed)
+        for decision in due:
+            index = bisect_right(self._chunks, decision.start, key=lambda chunk: chunk.start) - 1
+            self._chunks[index].kv = decision.format
+        return due
+
+    def report(self, length: int) -> SteeringReport:
+        """The chunks of the first ``length`` positions; the last one is cut there."""
+        reports: list[ChunkReport] = []
+        ends = [*(chunk.start for chunk in self._chunks[1:]), length]
+        for chunk, end in zip(self._chunks, ends, strict=True):
+            if chunk.start >= length:
+                break
+            reports.append(self._chunk_report(chunk, min(end, length)))
+        ranked = sum((chunk.end - chunk.start) * chunk.rank for chunk in reports)
+        return SteeringReport(tuple(reports), ranked / length if length > 0 else 0.0)
+
+    def _plan(self, prompt_ids: Sequence[int]) -> None:
+        starts = [0]
+        novelty = 1.0
+        for position, token_id in enumerate(prompt_ids):
+            novelty = self._novelty.push(token_id)
+            prior = positional_prior(position, self._prompt_length, self._policy.estimator)
+            start = self._chunker.push(self._estimator.estimate(Observation(novelty=novelty, position=prior)))
+            if start is not None:
+                starts.append(start)
+        self._unobserved.append(novelty)
+        for start, end in pairwise([*starts, self._prompt_length]):
+            self._open(start, self._chunker.mean(start, end))
+        # The first boundary that decode can set lies one position behind the prompt's end, too late for a full chunk.
+        full = self._chunker.close_full()
+        if full is not None:
+            self._open(full, self._chunker.recent)
+
+    def _open(self, start: int, level: float) -> _SteeredChunk:
+        choice = self._selector.select(level) if self._selector is not None else _NO_ADAPTER
+        changed = bool(self._chunks) and choice != self._chunks[-1].choice
+        # A window longer than the shortest chunk could not finish within it.
+        window = min(self._policy.rank.crossfade, self._policy.chunker.min_length)
+        chunk = _SteeredChunk(start, level, choice, window if changed else 0)
+        self._chunks.append(chunk)
+        return chunk
+
+    def _decision(self, chunk: _SteeredChunk) -> ChunkDecision:
+        return ChunkDecision(self._request_id, chunk.start, chunk.choice.rung, chunk.choice.scale, chunk.crossfade)
+
+    def _chunk_report(self, chunk: _SteeredChunk, end: int) -> ChunkReport:
+        known = min(end, self._chunker.observed)
+        complexity = self._chunker.mean(chunk.start, known) if known > chunk.start else chunk.level
+        choice = chunk.choice
+        return ChunkReport(
+            chunk.start, end, choice.rung, choice.active_rank, choice.scale, chunk.crossfade, complexity, chunk.kv
+        )
+
+    def _check_order(self, position: int) -> None:
+        last_of_prompt = self._prompt_length - 1
+        in_prompt = self._computed <= position < last_of_prompt
+        in_decode = position == max(self._computed, last_of_prompt)
+        if not in_prompt and not in_decode:
+            raise SteeringViolation(
+                f"request {self._request_id} reports signals at position {position} after {self._computed} computed "
+                f"tokens of a prompt of {self._prompt_length}; positions ascend, by one from the prompt's last token on"
+            )
+        if in_decode and not self._unobserved:
+            raise SteeringViolation(
+                f"request {self._request_id} reports signals at position {position} before its token was given; "
+                "extend it with every generated token first"
+            )

@@ -1,0 +1,229 @@
+"""The controller under the router's loop: one step of lag between signals and decisions, any mix of requests."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chunkwise.config.policy import ChunkerPolicy, EstimatorPolicy, KvPolicy, RankPolicy, SteeringPolicy
+from chunkwise.core import (
+    AdapterInfo,
+    ChunkDecision,
+    KvDecision,
+    KvFormat,
+    SequenceSignals,
+    SteeringUpdate,
+    StepSignals,
+)
+from chunkwise.steering import SteeringController, SteeringReport
+
+ADAPTER = AdapterInfo(
+    "a", "h", 32, (0, 2, 4, 8, 16, 32), (0.0, 0.3, 0.5, 0.7, 0.9, 1.0), (0.0, 2.0, 4.0, 8.0, 15.0, 31.0)
+)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    policy: SteeringPolicy
+    requests: int
+    seed: int
+    results_before_signals: bool
+
+
+@dataclass
+class Request:
+    """One request as the simulated loop sees it; ``computed`` counts the positions of all steps started so far."""
+
+    id: int
+    prompt: list[int]
+    adapter: AdapterInfo | None
+    arrival: int
+    new_tokens: int
+    computed: int = 0
+    generated: int = 0
+    chunks: list[ChunkDecision] = field(default_factory=list)
+    kv: list[KvDecision] = field(default_factory=list)
+    report: SteeringReport | None = None
+
+
+@st.composite
+def scenarios(draw: st.DrawFn) -> Scenario:
+    low = draw(st.integers(1, 12))
+    chunker = ChunkerPolicy(
+        min_length=low,
+        max_length=low + draw(st.integers(0, 12)),
+        threshold=draw(st.floats(0.001, 0.4)),
+        smoothing_tokens=draw(st.floats(1.0, 8.0)),
+    )
+    policy = SteeringPolicy(
+        estimator=EstimatorPolicy(gain=draw(st.floats(0.5, 8.0))),
+        chunker=chunker,
+        rank=RankPolicy(crossfade=draw(st.integers(0, 8)), energy_exponent=draw(st.sampled_from([0.0, 1.0]))),
+        kv=KvPolicy(
+            easy_below=draw(st.floats(0.0, 1.0)),
+            sink_tokens=draw(st.integers(0, 20)),
+            recent_tokens=draw(st.integers(0, 30)),
+        ),
+    )
+    return Scenario(policy, draw(st.integers(1, 5)), draw(st.integers(0, 2**32)), draw(st.booleans()))
+
+
+class Loop:
+    """Flush, start step n, observe step n-1, take the results of step n; checks what must hold at every flush."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self.policy = scenario.policy
+        self.controller = SteeringController(scenario.policy)
+        self.updates: list[SteeringUpdate] = []
+        self._random = random.Random(scenario.seed)
+        self._results_before_signals = scenario.results_before_signals
+        self._trailing = StepSignals(0)
+        self.requests = [self._request(index) for index in range(scenario.requests)]
+
+    def run(self) -> None:
+        step = 0
+        while any(request.report is None for request in self.requests):
+            live = [request for request in self.requests if request.report is None and request.arrival <= step]
+            for request in live:
+                if request.arrival == step:
+                    self.controller.admit(request.id, request.prompt, request.adapter)
+            self._flush()
+            signals = StepSignals(step, tuple(self._compute(live)))
+            if self._results_before_signals:
+                self._take_results(live)
+                self.controller.observe(self._trailing)
+            else:
+                self.controller.observe(self._trailing)
+                self._take_results(live)
+            self._trailing = signals
+            step += 1
+        self.controller.observe(self._trailing)
+        self._flush()
+
+    def _request(self, index: int) -> Request:
+        alphabet = self._random.choice([2, 10, 1000])
+        return Request(
+            id=100 + index,
+            prompt=[self._random.randrange(alphabet) for _ in range(self._random.randint(1, 60))],
+            adapter=self._random.choice([ADAPTER, ADAPTER, None]),
+            arrival=self._random.randrange(20),
+            new_tokens=self._random.randint(1, 60),
+        )
+
+    def _flush(self) -> None:
+        update = self.controller.flush()
+        if update is None:
+            return
+        self.updates.append(update)
+        by_id = {request.id: request for request in self.requests}
+        for chunk in update.chunks:
+            request = by_id[chunk.request_id]
+            assert request.report is None
+            assert chunk.start >= request.computed
+            request.chunks.append(chunk)
+        for decision in update.kv:
+            request = by_id[decision.request_id]
+            assert request.report is None
+            assert self.policy.kv.sink_tokens <= decision.start < decision.end
+            assert decision.end <= request.computed - self.policy.kv.recent_tokens
+            request.kv.append(decision)
+
+    def _compute(self, live: list[Request]) -> Iterator[SequenceSignals]:
+        for request in live:
+            remaining = len(request.prompt) - request.computed
+            request.computed += self._random.randint(1, remaining) if remaining > 0 else 1
+            spread = self._random.choice([None, self._random.random()])
+            yield SequenceSignals(request.id, request.computed - 1, self._random.random(), spread)
+
+    def _take_results(self, live: list[Request]) -> None:
+        for request in live:
+            if request.computed < len(request.prompt):
+                continue
+            self.controller.extend(request.id, self._random.randrange(1000))
+            request.generated += 1
+            if request.generated == request.new_tokens:
+                expected = self.controller.report(request.id, request.computed)
+                request.report = self.controller.release(request.id)
+                assert request.report == expected
+
+
+@given(scenarios())
+@settings(deadline=None, max_examples=150)
+def test_updates_are_numbered_without_gaps_and_release_every_request_once(scenario: Scenario) -> None:
+    loop = Loop(scenario)
+    loop.run()
+    assert [update.seq for update in loop.updates] == list(range(1, len(loop.updates) + 1))
+    assert loop.controller.last_seq == len(loop.updates)
+    released = [request_id for update in loop.updates for request_id in update.released]
+    assert sorted(released) == [request.id for request in loop.requests]
+
+
+@given(scenarios())
+@settings(deadline=None, max_examples=150)
+def test_chunks_tile_every_request_within_the_bounds(scenario: Scenario) -> None:
+    loop = Loop(scenario)
+    loop.run()
+    low, high = scenario.policy.chunker.min_length, scenario.policy.chunker.max_length
+    for request in loop.requests:
+        report = request.report
+        assert report is not None
+        chunks = report.chunks
+        assert (chunks[0].start, chunks[-1].end) == (0, request.computed)
+        assert all(before.end == after.start for before, after in pairwise(chunks))
+        assert all(low <= chunk.end - chunk.start <= high for chunk in chunks[:-1])
+        assert 1 <= chunks[-1].end - chunks[-1].start <= high
+        weighted = sum((chunk.end - chunk.start) * chunk.rank for chunk in chunks)
+        assert abs(report.mean_rank - weighted / request.computed) < 1e-9
+
+
+@given(scenarios())
+@settings(deadline=None, max_examples=150)
+def test_decisions_are_the_reported_chunks_in_ascending_order(scenario: Scenario) -> None:
+    loop = Loop(scenario)
+    loop.run()
+    for request in loop.requests:
+        assert request.report is not None
+        if request.adapter is None:
+            assert request.chunks == []
+            continue
+        assert all(before.start < after.start for before, after in pairwise(request.chunks))
+        reported = [
+            ChunkDecision(request.id, chunk.start, chunk.rung, chunk.scale, chunk.crossfade)
+            for chunk in request.report.chunks
+        ]
+        assert [decision for decision in request.chunks if decision.start < request.computed] == reported
+        assert request.chunks[0].crossfade == 0
+        for before, after in pairwise(request.chunks):
+            changed = (before.rung, before.scale) != (after.rung, after.scale)
+            window = min(scenario.policy.rank.crossfade, scenario.policy.chunker.min_length)
+            assert after.crossfade == (window if changed else 0)
+
+
+@given(scenarios())
+@settings(deadline=None, max_examples=150)
+def test_kv_decisions_are_easy_chunks_that_never_overlap(scenario: Scenario) -> None:
+    loop = Loop(scenario)
+    loop.run()
+    for request in loop.requests:
+        assert request.report is not None
+        assert all(before.end <= after.start for before, after in pairwise(request.kv))
+        told = {chunk.end: chunk for chunk in request.report.chunks if chunk.kv is KvFormat.INT8}
+        for decision in request.kv:
+            chunk = told[decision.end]
+            assert decision.start == max(chunk.start, scenario.policy.kv.sink_tokens)
+            assert chunk.complexity < scenario.policy.kv.easy_below
+
+
+@given(scenarios())
+@settings(deadline=None, max_examples=50)
+def test_the_same_calls_lead_to_the_same_updates(scenario: Scenario) -> None:
+    first, second = Loop(scenario), Loop(scenario)
+    first.run()
+    second.run()
+    assert first.updates == second.updates
+    assert [request.report for request in first.requests] == [request.report for request in second.requests]

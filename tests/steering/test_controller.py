@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import sys
+from types import FrameType
+
+import pytest
+
+from chunkwise.config.policy import ChunkerPolicy, KvPolicy, SteeringPolicy
+from chunkwise.core import AdapterInfo, KvFormat, SequenceSignals, SteeringUpdate, SteeringViolation, StepSignals
+from chunkwise.steering import SteeringController
+
+ADAPTER = AdapterInfo("a", "h", 16, (4, 16), (0.5, 1.0), (4.0, 16.0))
+POLICY = SteeringPolicy(
+    chunker=ChunkerPolicy(min_length=4, max_length=4), kv=KvPolicy(easy_below=1.0, sink_tokens=0, recent_tokens=0)
+)
+
+
+def signals(step: int, *positions: tuple[int, int]) -> StepSignals:
+    return StepSignals(step, tuple(SequenceSignals(request_id, position, 0.2) for request_id, position in positions))
+
+
+def flushed(controller: SteeringController) -> SteeringUpdate:
+    update = controller.flush()
+    assert update is not None
+    return update
+
+
+def test_an_admission_is_one_update_and_nothing_new_is_none() -> None:
+    controller = SteeringController(POLICY)
+    assert controller.flush() is None
+    assert controller.last_seq == 0
+    controller.admit(5, range(8), ADAPTER)
+    update = flushed(controller)
+    assert [(decision.request_id, decision.start) for decision in update.chunks] == [(5, 0), (5, 4), (5, 8)]
+    assert (update.seq, update.kv, update.released) == (1, (), ())
+    assert controller.flush() is None
+    assert controller.last_seq == 1
+
+
+def test_requests_share_an_update_and_keep_their_ids() -> None:
+    controller = SteeringController(POLICY)
+    controller.admit(1, [7] * 8, ADAPTER)
+    controller.admit(2, [7] * 7, None)
+    assert {decision.request_id for decision in flushed(controller).chunks} == {1}
+    controller.observe(signals(0, (1, 7), (2, 6)))
+    assert [(decision.request_id, decision.end) for decision in flushed(controller).kv] == [(1, 4), (1, 8), (2, 4)]
+    for request_id in (1, 2):
+        controller.extend(request_id, 9)
+    controller.observe(signals(1, (2, 7)))
+    assert [(decision.request_id, decision.end) for decision in flushed(controller).kv] == [(2, 8)]
+
+
+def test_release_drops_what_was_not_sent_reports_and_is_sent_once() -> None:
+    controller = SteeringController(POLICY)
+    controller.admit(1, [7] * 8, ADAPTER)
+    controller.admit(2, [7] * 8, ADAPTER)
+    controller.observe(signals(0, (1, 7), (2, 7)))
+    controller.extend(1, 9)
+    report = controller.release(1)
+    assert report is not None
+    assert [(chunk.start, chunk.end, chunk.kv) for chunk in report.chunks] == [
+        (0, 4, KvFormat.INT8),
+        (4, 8, KvFormat.INT8),
+    ]
+    update = flushed(controller)
+    assert {decision.request_id for decision in update.chunks} == {decision.request_id for decision in update.kv} == {2}
+    assert update.released == (1,)
+    assert controller.release(1) is None
+    assert controller.flush() is None
+
+
+def test_report_of_a_live_request_is_that_of_its_release() -> None:
+    controller = SteeringController(POLICY)
+    controller.admit(1, [7] * 10, ADAPTER)
+    controller.extend(1, 9)
+    report = controller.report(1, 10)
+    assert [chunk.end for chunk in report.chunks] == [4, 8, 10]
+    assert controller.release(1) == report
+
+
+def test_trailing_signals_are_ignored_and_other_uses_of_an_unknown_id_are_refused() -> None:
+    controller = SteeringController(POLICY)
+    controller.admit(1, [7], ADAPTER)
+    controller.release(1)
+    flushed(controller)
+    controller.observe(signals(0, (1, 0), (99, 5)))
+    assert controller.flush() is None
+    for request_id in (1, 99):
+        with pytest.raises(ValueError, match=f"request {request_id} is not steered"):
+            controller.extend(request_id, 3)
+        with pytest.raises(ValueError, match=f"request {request_id} is not steered"):
+            controller.report(request_id, 1)
+
+
+def test_a_live_id_and_an_empty_prompt_are_refused_without_a_trace() -> None:
+    controller = SteeringController(POLICY)
+    controller.admit(1, [7], ADAPTER)
+    flushed(controller)
+    with pytest.raises(ValueError, match="already steered"):
+        controller.admit(1, [7], ADAPTER)
+    with pytest.raises(ValueError, match="empty prompt"):
+        controller.admit(2, [], ADAPTER)
+    assert controller.flush() is None
+    assert controller.release(2) is None
+
+
+def test_a_position_out_of_order_names_the_request() -> None:
+    controller = SteeringController(POLICY)
+    controller.admit(3, [7, 7], ADAPTER)
+    with pytest.raises(SteeringViolation, match="request 3"):
+        controller.observe(signals(0, (3, 5)))
+
+
+def test_a_token_costs_the_same_late_in_a_sequence_as_early() -> None:
+    controller = SteeringController(SteeringPolicy())
+    controller.admit(1, [7] * 4, ADAPTER)
+    calls = 0
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    def decode(positions: range) -> float:
+        nonlocal calls
+        calls = 0
+        sys.setprofile(count)
+        try:
+            for position in positions:
+                if position >= 4:
+                    controller.extend(1, position * position % 61)
+                controller.observe(signals(position, (1, position)))
+                controller.flush()
+        finally:
+            sys.setprofile(None)
+        return calls / len(positions)
+
+    early = decode(range(3, 500))
+    decode(range(500, 4000))
+    assert decode(range(4000, 4500)) < 1.2 * early
