@@ -1,0 +1,1 @@
+"""The paged KV cache: who holds which page (`pages`), how a page is stored (`formats`), and the tensors (`cache`)."""

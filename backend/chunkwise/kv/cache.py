@@ -1,0 +1,142 @@
+"""The tensors of the KV cache of one shard: write, gather, compress. Who holds which page is `pages`' business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from chunkwise.core import KvFormat
+from chunkwise.kv.formats import dequantize_keys, dequantize_values, quantize_keys, quantize_values
+from chunkwise.kv.pages import PageAllocator, PageRef
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """Dimensions of one shard's cache."""
+
+    layers: int
+    heads: int
+    head_dim: int
+    page_size: int
+
+    def page_bytes(self, dtype: torch.dtype) -> dict[KvFormat, int]:
+        """Bytes of one page per format over all layers, keys, values and scales together."""
+        values = self.page_size * self.heads * self.head_dim
+        scales = 4 * self.heads * (self.head_dim + self.page_size)
+        return {
+            KvFormat.FULL: self.layers * 2 * values * dtype.itemsize,
+            KvFormat.INT8: self.layers * (2 * values + scales),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class GatherPlan:
+    """Where the pages of one gathered block lie: ``full`` and ``int8`` are pool indices, the ``_to`` twins their places
+    in the block of ``pages`` pages. Without int8 pages ``full`` alone, in order, is the whole block."""
+
+    pages: int
+    full: Tensor
+    full_to: Tensor
+    int8: Tensor
+    int8_to: Tensor
+
+
+def plan_gather(pages: Sequence[PageRef], device: torch.device) -> GatherPlan:
+    """The plan that lays ``pages`` out one after another."""
+    by_format: dict[KvFormat, tuple[list[int], list[int]]] = {kind: ([], []) for kind in KvFormat}
+    for place, page in enumerate(pages):
+        indices, places = by_format[page.format]
+        indices.append(page.number)
+        places.append(place)
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    full, int8 = by_format[KvFormat.FULL], by_format[KvFormat.INT8]
+    return GatherPlan(len(pages), tensor(full[0]), tensor(full[1]), tensor(int8[0]), tensor(int8[1]))
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that on CPU cost no resident memory until they are written (calloc), so a pool may be as large as the whole
+    budget and only touched pages count."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    bytes_needed = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(bytes_needed, dtype=np.uint8)).view(dtype).view(shape)
+
+
+class KvCache:
+    """Pools of pages for all layers. Tokens are always written to full pages; `compress` moves whole pages to int8."""
+
+    def __init__(self, shape: KvShape, dtype: torch.dtype, device: torch.device, budget_bytes: int) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.device = device
+        self.allocator = PageAllocator(shape.page_bytes(dtype), budget_bytes)
+        page = (shape.page_size, shape.heads, shape.head_dim)
+        full, int8 = (self.allocator.capacity(kind) + 1 for kind in (KvFormat.FULL, KvFormat.INT8))
+        self._keys = _zeros((shape.layers, full, *page), dtype, device)
+        self._values = _zeros((shape.layers, full, *page), dtype, device)
+        self._keys_q = _zeros((shape.layers, int8, *page), torch.int8, device)
+        self._values_q = _zeros((shape.layers, int8, *page), torch.int8, device)
+        self._key_scales = _zeros((shape.layers, int8, shape.heads, shape.head_dim), torch.float32, device)
+        self._value_scales = _zeros((shape.layers, int8, shape.page_size, shape.heads), torch.float32, device)
+
+    def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """Stores ``keys`` and ``values`` ``[tokens, heads, head_dim]`` of one layer at ``slots`` ``[tokens]``; slot =
+        page index * page size + offset, in the full pool."""
+        flat = (-1, self.shape.heads, self.shape.head_dim)
+        self._keys[layer].view(flat).index_copy_(0, slots, keys)
+        self._values[layer].view(flat).index_copy_(0, slots, values)
+
+    def gather(self, layer: int, plan: GatherPlan) -> tuple[Tensor, Tensor]:
+        """Keys and values of the planned pages, each ``[pages * page size, heads, head_dim]`` in the model's dtype.
+        Positions beyond what was written hold finite leftovers and must be masked."""
+        flat = (plan.pages * self.shape.page_size, self.shape.heads, self.shape.head_dim)
+        keys = self._keys[layer].index_select(0, plan.full)
+        values = self._values[layer].index_select(0, plan.full)
+        if plan.int8.numel() == 0:
+            return keys.view(flat), values.view(flat)
+        block = (plan.pages, *keys.shape[1:])
+        all_keys, all_values = keys.new_empty(block), keys.new_empty(block)
+        all_keys.index_copy_(0, plan.full_to, keys)
+        all_values.index_copy_(0, plan.full_to, values)
+        keys_q, key_scales = self._keys_q[layer][plan.int8], self._key_scales[layer][plan.int8]
+        values_q, value_scales = self._values_q[layer][plan.int8], self._value_scales[layer][plan.int8]
+        all_keys.index_copy_(0, plan.int8_to, dequantize_keys(keys_q, key_scales, self.dtype))
+        all_values.index_copy_(0, plan.int8_to, dequantize_values(values_q, value_scales, self.dtype))
+        return all_keys.view(flat), all_values.view(flat)
+
+    def compress(self, pages: Sequence[PageRef]) -> list[PageRef]:
+        """Rewrites full pages as int8 and returns the new pages in the same order; the old ones go back to the pool.
+
+        The full page is released first: an int8 page is the smaller one, so it always fits what was returned.
+        """
+        source = torch.tensor([page.number for page in pages], dtype=torch.int64, device=self.device)
+        for page in pages:
+            self.allocator.release(page)
+        fresh = [self.allocator.allocate(KvFormat.INT8) for _ in pages]
+        target = torch.tensor([page.number for page in fresh], dtype=torch.int64, device=self.device)
+        # One layer at a time: the fp32 scratch stays small however many pages are rewritten.
+        for layer in range(self.shape.layers):
+            self._keys_q[layer][target], self._key_scales[layer][target] = quantize_keys(self._keys[layer][source])
+            self._values_q[layer][target], self._value_scales[layer][target] = quantize_values(
+                self._values[layer][source]
+            )
+        return fresh
+
+    def release(self, pages: Sequence[PageRef], *, scrub: bool = False) -> None:
+        """Returns pages to the pool. ``scrub`` zeroes them first: a sequence that produced NaN must not leave it behind
+        in memory that another sequence's masked positions read."""
+        if scrub:
+            for page in pages:
+                pool = (self._keys, self._values) if page.format is KvFormat.FULL else ()
+                scales = (self._key_scales, self._value_scales) if page.format is KvFormat.INT8 else ()
+                for tensor in (*pool, *scales):
+                    tensor[:, page.number].zero_()
+        for page in pages:
+            self.allocator.release(page)

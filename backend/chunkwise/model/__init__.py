@@ -1,0 +1,1 @@
+"""One LLaMA: specification, weights, tensor parallelism, projections with gated LoRA, paged attention."""
