@@ -1,0 +1,85 @@
+"""Requests become sequences here, or are refused one by one; a refusal never touches the rest of the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from chunkwise.core import GenerationRequest, InvalidRequest, UnknownAdapter, WarmupLimits
+from chunkwise.shard.detokenizer import Detokenizer
+from chunkwise.shard.sampler import TokenChooser
+from chunkwise.shard.sequence import Sequence
+from chunkwise.tokenizer import Tokenizer
+from chunkwise_adapters.errors import AdapterNotFound
+from chunkwise_adapters.store import AdapterStore, ResidentAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """What a request is checked against. ``vocab`` is the number of token ids the model knows."""
+
+    tokenizer: Tokenizer
+    adapters: AdapterStore
+    vocab: int
+
+    def admit(self, request: GenerationRequest, limits: WarmupLimits) -> Sequence:
+        """A sequence ready for its first step.
+
+        Raises:
+            InvalidRequest: an empty or too long prompt, ids beyond the vocabulary, no token to generate, or a parameter
+                this server does not implement.
+            UnknownAdapter: the adapter is not resident. The base model never answers in its place.
+        """
+        _refuse_unsupported(request)
+        ids = self._prompt(request)
+        _check_length(request, len(ids), limits)
+        return Sequence(
+            request=request,
+            prompt_tokens=len(ids),
+            ids=ids,
+            chooser=TokenChooser(request.sampling, ids),
+            detokenizer=Detokenizer(self.tokenizer, ids, request.stopping.stop_sequences),
+            adapter=self._adapter(request.adapter_id),
+        )
+
+    def _prompt(self, request: GenerationRequest) -> list[int]:
+        if request.prompt_ids is None:
+            ids = self.tokenizer.encode(
+                request.inputs, add_special_tokens=request.add_special_tokens, truncate=request.truncate
+            )
+        else:
+            ids = list(request.prompt_ids)
+        if not ids:
+            raise InvalidRequest("the prompt has no tokens; send at least one")
+        if max(ids) >= self.vocab:
+            raise InvalidRequest(f"prompt id {max(ids)} is beyond the vocabulary of {self.vocab} ids")
+        return ids
+
+    def _adapter(self, adapter_id: str | None) -> ResidentAdapter | None:
+        if adapter_id is None:
+            return None
+        try:
+            return self.adapters.get(adapter_id)
+        except AdapterNotFound as error:
+            raise UnknownAdapter(str(error)) from error
+
+
+def _refuse_unsupported(request: GenerationRequest) -> None:
+    if request.sampling.grammar:
+        raise InvalidRequest("grammar is not supported by this version; leave it out")
+    if request.sampling.watermark:
+        raise InvalidRequest("watermark is not supported by this version; set it to false")
+
+
+def _check_length(request: GenerationRequest, prompt_tokens: int, limits: WarmupLimits) -> None:
+    new = request.stopping.max_new_tokens
+    if new < 1:
+        raise InvalidRequest("max_new_tokens is 0; ask for at least 1")
+    if prompt_tokens > limits.max_input_tokens:
+        raise InvalidRequest(
+            f"the prompt has {prompt_tokens} tokens, the limit is {limits.max_input_tokens}; shorten it or set truncate"
+        )
+    if prompt_tokens + new > limits.max_total_tokens:
+        raise InvalidRequest(
+            f"{prompt_tokens} prompt tokens and max_new_tokens {new} exceed max_total_tokens "
+            f"{limits.max_total_tokens}; lower either"
+        )

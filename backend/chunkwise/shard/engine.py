@@ -1,0 +1,279 @@
+"""The live batches of a shard and what each generate.v3 call does to them. Speaks `core` values; knows no protobuf.
+
+Not thread-safe: the server calls it from one thread. Every tensor-parallel rank gets the same calls in the same order
+and makes the same decisions, because they depend on token counts and gathered logits only.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+from chunkwise.core import (
+    AdapterInfo,
+    CachedBatch,
+    ChunkwiseError,
+    Generation,
+    GenerationFailed,
+    GenerationRequest,
+    InvalidRequest,
+    KvFormat,
+    SamplingParams,
+    ShardInfo,
+    ShardState,
+    StepResult,
+    StepSignals,
+    StoppingParams,
+    WarmupLimits,
+)
+from chunkwise.kv.cache import KvCache
+from chunkwise.model.llama import Llama
+from chunkwise.shard.admission import Admission
+from chunkwise.shard.decisions import DecisionTable
+from chunkwise.shard.memory import free_bytes, resident_bytes
+from chunkwise.shard.runner import StepOutcome, StepRunner, failure
+from chunkwise.shard.scheduler import next_step_tokens
+from chunkwise.shard.sequence import Sequence
+from chunkwise.tokenizer import Tokenizer
+from chunkwise_adapters.store import AdapterStore
+
+PAGE_SIZE = 16
+# Share of the memory free at Warmup that the KV cache may take.
+_KV_SHARE = {"cpu": 0.4, "cuda": 0.9}
+# Warmup computes this many tokens on CPU, where nothing is captured or tuned and a long prompt would only cost time.
+_CPU_WARMUP_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """``max_batch_total_tokens`` sizes the KV cache (None: from free memory); ``model_sha`` is reported in Info."""
+
+    max_batch_total_tokens: int | None = None
+    model_sha: str = ""
+
+
+class Engine:
+    """One rank's engine."""
+
+    def __init__(
+        self,
+        model: Llama,
+        tokenizer: Tokenizer,
+        adapters: AdapterStore,
+        decisions: DecisionTable,
+        settings: EngineSettings,
+    ) -> None:
+        self._model = model
+        self._tokenizer = tokenizer
+        self._adapters = adapters
+        self._decisions = decisions
+        self._settings = settings
+        self._admission = Admission(tokenizer, adapters, model.spec.vocab)
+        self._eos_id = min(tokenizer.eos_ids, default=0)
+        self._batches: dict[int, list[Sequence]] = {}
+        self._runner: StepRunner | None = None
+        self._limits: WarmupLimits | None = None
+
+    def info(self) -> ShardInfo:
+        """What a router must know before Warmup."""
+        return ShardInfo(
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            device_type=self._model.device.type,
+            page_size=PAGE_SIZE,
+            max_position_embeddings=self._model.spec.max_position,
+            model_sha=self._settings.model_sha,
+            adapters=tuple(
+                AdapterInfo(a.name, a.content_hash, a.trained_rank, a.rungs, a.kept_energy, a.mean_active_rank)
+                for a in self._adapters.infos()
+            ),
+        )
+
+    def state(self) -> ShardState:
+        """What is held now; callable from any thread."""
+        cache = self._runner.cache if self._runner else None
+        return ShardState(
+            sequences=sum(len(batch) for batch in list(self._batches.values())),
+            steered_requests=len(self._decisions),
+            kv=cache.allocator.usage() if cache else (),
+            kv_bytes_budget=cache.allocator.budget_bytes if cache else 0,
+            resident_bytes=resident_bytes(),
+        )
+
+    def warmup(
+        self,
+        requests: SequenceOf[GenerationRequest],
+        max_prefill_tokens: int,
+        max_input_tokens: int | None,
+        max_total_tokens: int | None,
+    ) -> WarmupLimits:
+        """Fixes the limits, sizes the KV cache and runs one step over the first request.
+
+        Raises:
+            InvalidRequest: limits that contradict each other, the model or the memory.
+        """
+        self.clear_cache(None)
+        shape = self._model.kv_shape(PAGE_SIZE)
+        page_bytes = shape.page_bytes(self._model.dtype)[KvFormat.FULL]
+        pages = self._model.group.minimum(self._capacity_pages(page_bytes))
+        limits = self._agree(pages, max_input_tokens, max_total_tokens)
+        self._runner = None
+        cache = KvCache(shape, self._model.dtype, self._model.device, pages * page_bytes)
+        self._runner = StepRunner(self._model, cache, self._tokenizer, self._decisions, max(max_prefill_tokens, 1))
+        self._limits = limits
+        self._rehearse(requests[:1])
+        return limits
+
+    def prefill(
+        self, batch_id: int, requests: SequenceOf[GenerationRequest], cached: int | None, seq: int, step: int
+    ) -> tuple[StepResult, StepSignals]:
+        """Admits requests, joins them to the cached batch if one is named, and runs one step over all.
+
+        A request that is refused ends with an error of its own. The result takes the cached batch's id, if any.
+
+        Raises:
+            InvalidRequest: no such cached batch, or no Warmup yet.
+            GenerationFailed: the step as a whole failed; every request in it is lost and its memory is free again.
+        """
+        limits = self._require_limits()
+        self._decisions.apply(seq)
+        sequences = [] if cached is None else self._pop(cached)
+        refused: list[Generation] = []
+        for request in requests:
+            try:
+                sequences.append(self._admission.admit(request, limits))
+            except ChunkwiseError as error:
+                self._decisions.forget(request.id)
+                refused.append(failure(request.id, error, self._eos_id))
+        return self._step(batch_id if cached is None else cached, sequences, step, refused)
+
+    def decode(self, batch_ids: SequenceOf[int], seq: int, step: int) -> tuple[StepResult, StepSignals]:
+        """Merges the named batches into the first and runs one step. Raises as `prefill`."""
+        self._require_limits()
+        if not batch_ids:
+            raise InvalidRequest("Decode names no batch; name at least one")
+        unknown = [id for id in batch_ids if id not in self._batches]
+        if unknown:
+            raise InvalidRequest(f"batches {unknown} are not cached; cached are {sorted(self._batches)}")
+        self._decisions.apply(seq)
+        sequences = [sequence for id in dict.fromkeys(batch_ids) for sequence in self._pop(id)]
+        return self._step(batch_ids[0], sequences, step, [])
+
+    def filter_batch(self, batch_id: int, keep: SequenceOf[int], seq: int) -> CachedBatch:
+        """Keeps the named requests of a batch, in the batch's order, and releases all others.
+
+        Raises:
+            InvalidRequest: no such batch.
+        """
+        self._decisions.apply(seq)
+        sequences = self._pop(batch_id)
+        kept = [s for s in sequences if s.request.id in set(keep)]
+        self._release([s for s in sequences if s not in kept])
+        if kept:
+            self._batches[batch_id] = kept
+        return self._describe(batch_id, kept)
+
+    def clear_cache(self, batch_id: int | None, seq: int = 0) -> None:
+        """Releases one batch, or all. An unknown batch is no error."""
+        self._decisions.apply(seq)
+        for id in list(self._batches) if batch_id is None else [batch_id]:
+            self._release(self._batches.pop(id, []))
+
+    def check_integrity(self) -> None:
+        """Checks that live sequences hold exactly the pages in use. Raises AssertionError otherwise."""
+        if self._runner:
+            tables = [sequence.pages for batch in self._batches.values() for sequence in batch]
+            self._runner.cache.allocator.check_integrity(tables)
+
+    def _step(
+        self, batch_id: int, sequences: list[Sequence], step: int, refused: list[Generation]
+    ) -> tuple[StepResult, StepSignals]:
+        start = time.perf_counter_ns()
+        try:
+            outcome = self._require_runner().step(sequences) if sequences else StepOutcome()
+        except Exception as error:
+            self._release(sequences)
+            raise GenerationFailed(f"the step failed: {error}") from error
+        self._release(outcome.ended)
+        live = [s for s in sequences if s not in outcome.ended]
+        if live:
+            self._batches[batch_id] = live
+        emits = self._model.group.rank == 0
+        result = StepResult(
+            generations=tuple(refused + outcome.generations) if emits else (),
+            batch=self._describe(batch_id, live) if live else None,
+            forward_ns=outcome.forward_ns,
+            decode_ns=outcome.decode_ns,
+            total_ns=time.perf_counter_ns() - start,
+        )
+        return result, StepSignals(step, tuple(outcome.signals))
+
+    def _rehearse(self, requests: SequenceOf[GenerationRequest]) -> None:
+        """Runs a step over Warmup's first request, so that the first real one does not pay for lazy set-up. Warmup's
+        requests carry parameters (image chunk, wrapped max_new_tokens) that only their length is taken from."""
+        runner, limits = self._require_runner(), self._require_limits()
+        for request in requests:
+            ids = self._tokenizer.encode(request.inputs, truncate=request.truncate) or [0]
+            most = _CPU_WARMUP_TOKENS if self._model.device.type == "cpu" else limits.max_input_tokens
+            neutral = GenerationRequest(
+                id=request.id,
+                inputs="",
+                sampling=SamplingParams(),
+                stopping=StoppingParams(max_new_tokens=1),
+                prompt_ids=tuple(ids[: min(most, limits.max_input_tokens)]),
+            )
+            sequence = self._admission.admit(neutral, limits)
+            try:
+                runner.step([sequence])
+            finally:
+                self._release([sequence])
+
+    def _capacity_pages(self, page_bytes: int) -> int:
+        tokens = self._settings.max_batch_total_tokens
+        if tokens is not None:
+            return max(tokens // PAGE_SIZE, 1)
+        device = self._model.device
+        share = _KV_SHARE[device.type] / (self._model.group.world_size if device.type == "cpu" else 1)
+        return max(int(free_bytes(device) * share) // page_bytes, 1)
+
+    def _agree(self, pages: int, max_input: int | None, max_total: int | None) -> WarmupLimits:
+        supported, positions = pages * PAGE_SIZE, self._model.spec.max_position
+        # A TGI router keeps one block for itself, so the longest request must leave one page spare.
+        most = min(positions, supported - PAGE_SIZE)
+        total = max_total if max_total is not None else most
+        if total > most:
+            raise InvalidRequest(
+                f"max_total_tokens is {total}; the model has {positions} positions and the KV cache holds {supported} "
+                f"tokens, one page of {PAGE_SIZE} spare; use at most {most} or raise --max-batch-total-tokens"
+            )
+        inputs = max_input if max_input is not None else total - 1
+        if not 1 <= inputs < total:
+            raise InvalidRequest(f"max_input_tokens is {inputs}; it must lie in 1..{total - 1}, below max_total_tokens")
+        return WarmupLimits(inputs, total, supported)
+
+    def _describe(self, batch_id: int, sequences: SequenceOf[Sequence]) -> CachedBatch:
+        return CachedBatch(
+            batch_id,
+            tuple(s.request.id for s in sequences),
+            max_tokens=sum(s.prompt_tokens + s.request.stopping.max_new_tokens for s in sequences),
+            current_tokens=next_step_tokens(sequences, self._runner.budget) if self._runner else 0,
+        )
+
+    def _pop(self, batch_id: int) -> list[Sequence]:
+        if batch_id not in self._batches:
+            raise InvalidRequest(f"batch {batch_id} is not cached; cached are {sorted(self._batches)}")
+        return self._batches.pop(batch_id)
+
+    def _release(self, sequences: SequenceOf[Sequence]) -> None:
+        for sequence in sequences:
+            self._require_runner().release(sequence)
+
+    def _require_runner(self) -> StepRunner:
+        if self._runner is None:
+            raise InvalidRequest("the shard has not been warmed up; call Warmup first")
+        return self._runner
+
+    def _require_limits(self) -> WarmupLimits:
+        if self._limits is None:
+            raise InvalidRequest("the shard has not been warmed up; call Warmup first")
+        return self._limits

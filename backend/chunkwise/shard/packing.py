@@ -1,0 +1,82 @@
+"""Spans to one `StepInput`: the only place where request state becomes tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from itertools import takewhile
+
+import torch
+from torch import Tensor
+
+from chunkwise.core import ChunkDecision, KvFormat
+from chunkwise.kv.cache import plan_gather
+from chunkwise.kv.pages import PageRef
+from chunkwise.model.step import DecodeRows, PrefillSpan, StepInput
+from chunkwise.shard.scheduler import Span
+from chunkwise_adapters.gate import GatedSpan, LoraSegment, build_segments
+
+_PADDING = PageRef(KvFormat.FULL, 0)
+
+ChunksOf = Callable[[int], SequenceOf[ChunkDecision]]
+"""Effective chunk decisions of a request id."""
+
+
+def _decode_rows(spans: SequenceOf[Span], page_size: int, device: torch.device) -> DecodeRows | None:
+    if not spans:
+        return None
+    contexts = torch.tensor([span.context for span in spans], device=device)
+    longest = max(len(span.sequence.pages) for span in spans)
+    pages = [page for span in spans for page in [*span.sequence.pages, *[_PADDING] * longest][:longest]]
+    mask = torch.arange(longest * page_size, device=device)[None] < contexts[:, None]
+    return DecodeRows(len(spans), plan_gather(pages, device), mask, contexts)
+
+
+def _segments(
+    spans: SequenceOf[Span], first_rows: SequenceOf[int], chunks_of: ChunksOf, device: torch.device
+) -> tuple[LoraSegment, ...]:
+    gated = [
+        GatedSpan(row, span.tokens, span.sequence.computed, adapter, chunks_of(span.sequence.request.id))
+        for span, row in zip(spans, first_rows, strict=True)
+        if (adapter := span.sequence.adapter) is not None
+    ]
+    return build_segments(gated, device)
+
+
+def pack(spans: SequenceOf[Span], chunks_of: ChunksOf, page_size: int, device: torch.device) -> StepInput:
+    """The tensors of one step.
+
+    ``spans`` are decoding spans first, as `schedule` orders them; every sequence must hold the pages for its span.
+
+    Raises:
+        InvalidRung: a chunk names a rung that its adapter's ladder lacks.
+    """
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    first_rows: list[int] = []
+    for span in spans:
+        sequence = span.sequence
+        first_rows.append(len(ids))
+        ids.extend(sequence.ids[sequence.computed : span.context])
+        for position in range(sequence.computed, span.context):
+            positions.append(position)
+            slots.append(sequence.pages[position // page_size].number * page_size + position % page_size)
+
+    def tensor(values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=device)
+
+    # A prompt's single last token behind longer spans is a prefill span like any other.
+    decoding = len(list(takewhile(lambda span: span.tokens == 1, spans)))
+    return StepInput(
+        ids=tensor(ids),
+        positions=tensor(positions),
+        slots=tensor(slots),
+        last_rows=tensor([row + span.tokens - 1 for row, span in zip(first_rows, spans, strict=True)]),
+        decode=_decode_rows(spans[:decoding], page_size, device),
+        prefill=tuple(
+            PrefillSpan(row, span.tokens, span.context, plan_gather(span.sequence.pages, device))
+            for row, span in zip(first_rows[decoding:], spans[decoding:], strict=True)
+        ),
+        segments=_segments(spans, first_rows, chunks_of, device),
+    )

@@ -1,0 +1,192 @@
+"""One step over a list of sequences: decisions, schedule, pages, forward, choice of tokens. Knows nothing of batches
+or RPCs. Every failure that concerns one sequence ends that sequence alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from chunkwise.core import (
+    ChunkwiseError,
+    FinishReason,
+    GeneratedText,
+    Generation,
+    GenerationFailed,
+    InvalidRequest,
+    KvFormat,
+    RequestError,
+    SequenceSignals,
+    Token,
+)
+from chunkwise.kv.cache import KvCache
+from chunkwise.model.llama import Llama
+from chunkwise.model.step import StepOutput
+from chunkwise.shard.decisions import DecisionTable
+from chunkwise.shard.packing import pack
+from chunkwise.shard.sampler import normalized_entropy
+from chunkwise.shard.scheduler import Span, schedule
+from chunkwise.shard.sequence import Sequence
+from chunkwise.tokenizer import Tokenizer
+from chunkwise_adapters.errors import AdapterError
+
+
+@dataclass(slots=True)
+class StepOutcome:
+    """What one step produced. ``ended`` are the sequences that finished or failed in it."""
+
+    generations: list[Generation] = field(default_factory=list)
+    signals: list[SequenceSignals] = field(default_factory=list)
+    ended: list[Sequence] = field(default_factory=list)
+    forward_ns: int = 0
+    decode_ns: int = 0
+
+
+def failure(request_id: int, error: Exception, eos_id: int, text: str = "", generated: int = 1) -> Generation:
+    """The Generation that ends one request with an error; a peer that ignores the error sees an ordinary end."""
+    kind = "validation" if isinstance(error, InvalidRequest) else "generation"
+    return Generation(
+        request_id,
+        Token(eos_id, 0.0, "", special=True),
+        text=GeneratedText(text, generated, FinishReason.EOS_TOKEN),
+        error=RequestError(str(error), kind),
+    )
+
+
+class StepRunner:
+    """Runs steps of one model on one cache.
+
+    Args:
+        budget: the most tokens one step may compute.
+    """
+
+    def __init__(
+        self, model: Llama, cache: KvCache, tokenizer: Tokenizer, decisions: DecisionTable, budget: int
+    ) -> None:
+        self._model = model
+        self._cache = cache
+        self._tokenizer = tokenizer
+        self._decisions = decisions
+        self.budget = budget
+        self._eos_id = min(tokenizer.eos_ids, default=0)
+
+    @property
+    def cache(self) -> KvCache:
+        """The cache whose pages the sequences hold."""
+        return self._cache
+
+    def step(self, sequences: SequenceOf[Sequence]) -> StepOutcome:
+        """Advances the sequences by one step. Ended ones keep their pages until `release`."""
+        outcome = StepOutcome()
+        steered = [s for s in sequences if self._guarded(outcome, s, self._follow_decisions)]
+        spans = [
+            span
+            for span in schedule(steered, self.budget)
+            if self._guarded(outcome, span.sequence, self._reserve, span.context)
+        ]
+        if not spans:
+            return outcome
+        start = time.perf_counter_ns()
+        page_size = self._cache.shape.page_size
+        step = pack(spans, self._decisions.chunks, page_size, self._model.device)
+        output = self._model.forward(step, self._cache)
+        outcome.forward_ns = time.perf_counter_ns() - start
+        self._advance(spans, output, outcome)
+        outcome.decode_ns = time.perf_counter_ns() - start - outcome.forward_ns
+        return outcome
+
+    def release(self, sequence: Sequence) -> None:
+        """Returns the pages of a sequence and forgets its steering decisions."""
+        self._cache.release(sequence.pages, scrub=sequence.poisoned)
+        sequence.pages.clear()
+        self._decisions.forget(sequence.request.id)
+
+    def _guarded(self, outcome: StepOutcome, sequence: Sequence, act: Callable[..., None], *args: int) -> bool:
+        """Runs ``act`` on one sequence; an error of ours ends that sequence and is reported for it alone."""
+        try:
+            act(sequence, *args)
+        except (ChunkwiseError, AdapterError) as error:
+            outcome.ended.append(sequence)
+            text, generated = sequence.detokenizer.text, max(sequence.generated, 1)
+            outcome.generations.append(failure(sequence.request.id, error, self._eos_id, text, generated))
+            return False
+        return True
+
+    def _follow_decisions(self, sequence: Sequence) -> None:
+        """Checks new chunk decisions and rewrites the pages whose KV policy has become effective."""
+        request_id = sequence.request.id
+        sequence.check_chunks(self._decisions.chunks(request_id))
+        for decision in self._decisions.take_kv(request_id):
+            sequence.permit_compression(decision)
+        places = sequence.take_compressible_pages(self._cache.shape.page_size) if sequence.compressible else []
+        if places:
+            fresh = self._cache.compress([sequence.pages[place] for place in places])
+            for place, page in zip(places, fresh, strict=True):
+                sequence.pages[place] = page
+
+    def _reserve(self, sequence: Sequence, context: int) -> None:
+        while len(sequence.pages) * self._cache.shape.page_size < context:
+            sequence.pages.append(self._cache.allocator.allocate(KvFormat.FULL))
+
+    def _advance(self, spans: SequenceOf[Span], output: StepOutput, outcome: StepOutcome) -> None:
+        finite = torch.isfinite(output.logits).all(dim=-1).tolist()
+        entropies = normalized_entropy(output.logits).tolist()
+        spreads = output.attention_spread.tolist() if output.attention_spread is not None else None
+        for i, span in enumerate(spans):
+            sequence = span.sequence
+            completes = span.completes
+            sequence.computed = span.context
+            if not finite[i]:
+                sequence.poisoned = True
+                self._guarded(outcome, sequence, _fail_not_finite)
+                continue
+            spread = spreads[i] if spreads is not None else None
+            outcome.signals.append(SequenceSignals(sequence.request.id, sequence.computed - 1, entropies[i], spread))
+            if completes:
+                self._choose(sequence, output.logits[i], outcome)
+
+    def _choose(self, sequence: Sequence, logits: Tensor, outcome: StepOutcome) -> None:
+        id, log_p = sequence.chooser.choose(logits)
+        sequence.ids.append(id)
+        text = sequence.detokenizer.append(id)
+        token = Token(id, float(log_p[id]), text, self._tokenizer.is_special(id))
+        reason = self._finish_reason(sequence, id)
+        ending = None
+        if reason is not None:
+            sampling = sequence.request.sampling
+            seed = sampling.seed if sampling.samples else None
+            ending = GeneratedText(sequence.detokenizer.text, sequence.generated, reason, seed)
+            outcome.ended.append(sequence)
+        top = self._top_tokens(log_p, sequence.request.top_n_tokens)
+        outcome.generations.append(Generation(sequence.request.id, token, ending, top))
+
+    def _finish_reason(self, sequence: Sequence, id: int) -> FinishReason | None:
+        """TGI's order: length, then end of sequence, then stop sequences."""
+        stopping = sequence.request.stopping
+        if sequence.generated >= stopping.max_new_tokens:
+            return FinishReason.LENGTH
+        if not stopping.ignore_eos and id in self._tokenizer.eos_ids:
+            return FinishReason.EOS_TOKEN
+        return FinishReason.STOP_SEQUENCE if sequence.detokenizer.stopped else None
+
+    def _top_tokens(self, log_p: Tensor, n: int) -> tuple[Token, ...]:
+        """The n most likely tokens in descending order, with those that tie with the n-th; n is clamped to V."""
+        if n == 0:
+            return ()
+        last = log_p.topk(min(n, log_p.shape[-1])).values[-1]
+        count = int((log_p >= last).sum().item()) if last > -torch.inf else n
+        values, ids = log_p.topk(min(count, log_p.shape[-1]))
+        return tuple(
+            Token(id, value, self._tokenizer.decode([id]), self._tokenizer.is_special(id))
+            for id, value in zip(ids.tolist(), values.tolist(), strict=True)
+        )
+
+
+def _fail_not_finite(sequence: Sequence) -> None:
+    adapter = sequence.request.adapter_id
+    source = f"adapter {adapter!r}" if adapter else "the base model"
+    raise GenerationFailed(f"the model produced values that are not finite; check the weights of {source}")

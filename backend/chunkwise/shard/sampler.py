@@ -1,0 +1,97 @@
+"""Chooses the next token of one request. Order of processing as in TGI: repetition penalty, frequency penalty,
+temperature, top-k, top-p, typical-p, choice."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from chunkwise.core import SamplingParams
+
+
+def keep_top_k(scores: Tensor, k: int) -> Tensor:
+    """Keeps scores ``[V]`` at least as large as the k-th; k is clamped to V."""
+    threshold = scores.topk(min(k, scores.shape[-1])).values[-1]
+    return scores.masked_fill(scores < threshold, -math.inf)
+
+
+def keep_top_p(scores: Tensor, p: float) -> Tensor:
+    """Drops the least likely tokens whose probabilities add up to at most 1 - p; keeps at least one."""
+    ordered, order = scores.sort()
+    drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - p
+    drop[-1] = False
+    return scores.masked_fill(drop.scatter(0, order, drop), -math.inf)
+
+
+def keep_typical(scores: Tensor, mass: float) -> Tensor:
+    """Keeps the tokens whose surprise is closest to the entropy, up to probability ``mass`` (arXiv 2202.00666)."""
+    log_p = scores.log_softmax(dim=-1)
+    p = log_p.exp()
+    entropy = -(p * log_p).nansum(dim=-1)
+    distance, order = (-log_p - entropy).abs().sort()
+    last = int((p[order].cumsum(dim=-1) < mass).sum().item())
+    threshold = distance[min(last, distance.shape[-1] - 1)]
+    return scores.masked_fill((-log_p - entropy).abs() > threshold, -math.inf)
+
+
+class TokenChooser:
+    """The sampling state of one request: its random generator and the tokens its penalties count.
+
+    The generator belongs to the request, so the same seed gives the same text whatever else is in the batch, and every
+    tensor-parallel rank draws the same token from the same logits.
+    """
+
+    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
+        self._params = params
+        self._random = torch.Generator().manual_seed(params.seed)
+        self._penalises = params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0
+        self._counts = Counter(prompt_ids) if self._penalises else Counter[int]()
+
+    def choose(self, logits: Tensor) -> tuple[int, Tensor]:
+        """The next token for raw ``logits`` ``[V]`` (fp32, left as they are), and the processed log-probabilities."""
+        scores = self._warp(self._penalise(logits))
+        log_p = scores.log_softmax(dim=-1)
+        if self._params.samples:
+            # argmax of p / Exp(1) draws from p without a host-side cumulative sum.
+            noise = torch.empty(log_p.shape).exponential_(generator=self._random).to(log_p.device)
+            id = int((log_p.exp() / noise).argmax().item())
+        else:
+            id = int(log_p.argmax().item())
+        if self._penalises:
+            self._counts[id] += 1
+        return id, log_p
+
+    def _penalise(self, logits: Tensor) -> Tensor:
+        if not self._penalises:
+            return logits
+        params, scores = self._params, logits.clone()
+        ids = torch.tensor(list(self._counts), device=logits.device)
+        seen = scores[ids]
+        seen = torch.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty)
+        counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype, device=scores.device)
+        scores[ids] = seen - params.frequency_penalty * counts / counts.sum()
+        return scores
+
+    def _warp(self, scores: Tensor) -> Tensor:
+        params = self._params
+        if not params.samples:
+            return scores
+        if params.temperature != 1.0:
+            scores = scores / params.temperature
+        if params.top_k:
+            scores = keep_top_k(scores, params.top_k)
+        if params.top_p < 1.0:
+            scores = keep_top_p(scores, params.top_p)
+        if params.typical_p < 1.0:
+            scores = keep_typical(scores, params.typical_p)
+        return scores
+
+
+def normalized_entropy(logits: Tensor) -> Tensor:
+    """Entropy of softmax(``logits`` [S, V]) over ln V, ``[S]`` in [0, 1]. Logits must be finite."""
+    log_p = logits.log_softmax(dim=-1)
+    return -(log_p.exp() * log_p).sum(dim=-1) / math.log(logits.shape[-1])

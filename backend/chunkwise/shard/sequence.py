@@ -1,0 +1,93 @@
+"""All state of one request on a shard. Step tensors are built from it and dropped; nothing else holds request state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from chunkwise.core import ChunkDecision, GenerationRequest, KvDecision, KvFormat, SteeringViolation
+from chunkwise.kv.pages import PageRef
+from chunkwise.shard.detokenizer import Detokenizer
+from chunkwise.shard.sampler import TokenChooser
+from chunkwise_adapters.store import ResidentAdapter
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request being served.
+
+    ``ids`` are prompt and generated tokens; ``computed`` of them have their keys and values in ``pages``. A sequence
+    with one token left to compute decodes; with more it is still reading its prompt.
+    """
+
+    request: GenerationRequest
+    prompt_tokens: int
+    ids: list[int]
+    chooser: TokenChooser
+    detokenizer: Detokenizer
+    adapter: ResidentAdapter | None
+    computed: int = 0
+    pages: list[PageRef] = field(default_factory=list)
+    chunks_seen: int = 0
+    compressible: list[tuple[int, int]] = field(default_factory=list)
+    poisoned: bool = False
+
+    @property
+    def remaining(self) -> int:
+        """Tokens whose keys and values are not computed yet; at least 1 in a live sequence."""
+        return len(self.ids) - self.computed
+
+    @property
+    def generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.ids) - self.prompt_tokens
+
+    def check_chunks(self, chunks: SequenceOf[ChunkDecision]) -> None:
+        """Checks the chunk decisions that have become effective since the last call.
+
+        Raises:
+            SteeringViolation: a decision for a position that is computed already, or out of order.
+            InvalidRung: a rung that the adapter's ladder lacks.
+        """
+        for i in range(self.chunks_seen, len(chunks)):
+            chunk = chunks[i]
+            if chunk.start < self.computed:
+                raise SteeringViolation(
+                    f"a chunk of request {chunk.request_id} starts at position {chunk.start}, but {self.computed} "
+                    "positions are computed already; decisions must name a later position"
+                )
+            if i and chunk.start <= chunks[i - 1].start:
+                raise SteeringViolation(
+                    f"chunks of request {chunk.request_id} start at {chunks[i - 1].start}, then at {chunk.start}; "
+                    "starts must ascend"
+                )
+            if self.adapter is not None:
+                self.adapter.rung_index(chunk.rung)
+        self.chunks_seen = len(chunks)
+
+    def permit_compression(self, decision: KvDecision) -> None:
+        """Adds a chunk's range to what may be stored in 8 bits; adjacent ranges join. Raises SteeringViolation for a
+        range that is not computed yet."""
+        if decision.format is KvFormat.FULL:
+            return
+        if not decision.start < decision.end <= self.computed:
+            raise SteeringViolation(
+                f"KV decision of request {decision.request_id} covers [{decision.start}, {decision.end}); "
+                f"it must be a non-empty range within the {self.computed} computed positions"
+            )
+        start = decision.start
+        if self.compressible and self.compressible[-1][1] == start:
+            start = self.compressible.pop()[0]
+        self.compressible.append((start, decision.end))
+
+    def take_compressible_pages(self, page_size: int) -> list[int]:
+        """Places in ``pages`` of full pages all of whose tokens may be stored in 8 bits."""
+        places = [
+            place
+            for start, end in self.compressible
+            for place in range(-(-start // page_size), end // page_size)
+            if self.pages[place].format is KvFormat.FULL
+        ]
+        # Only the newest range can still grow; older ranges are done with.
+        del self.compressible[:-1]
+        return places

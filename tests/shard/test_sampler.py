@@ -1,0 +1,99 @@
+"""Processors against transformers' own, and the properties of drawing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from chunkwise.core import SamplingParams
+from chunkwise.shard.sampler import TokenChooser, normalized_entropy
+
+PROMPT = [3, 5, 5, 9]
+
+
+def _scores(seed: int, size: int = 50) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+@given(
+    seed=st.integers(0, 1000),
+    temperature=st.sampled_from([0.3, 1.0, 1.7]),
+    top_k=st.sampled_from([0, 1, 5, 49, 500]),
+    top_p=st.sampled_from([0.1, 0.8, 1.0]),
+    typical_p=st.sampled_from([0.2, 0.9, 1.0]),
+    penalty=st.sampled_from([0.7, 1.0, 1.3]),
+)
+def test_processed_scores_equal_transformers(
+    seed: int, temperature: float, top_k: int, top_p: float, typical_p: float, penalty: float
+) -> None:
+    params = SamplingParams(temperature, top_k, top_p, typical_p, do_sample=True, repetition_penalty=penalty)
+    logits = _scores(seed)
+    _, log_p = TokenChooser(params, PROMPT).choose(logits)
+    expected, ids = logits[None].clone(), torch.tensor([PROMPT])
+    chain = [
+        (penalty != 1.0, lambda: RepetitionPenaltyLogitsProcessor(penalty)),
+        (temperature != 1.0, lambda: TemperatureLogitsWarper(temperature)),
+        (top_k > 0, lambda: TopKLogitsWarper(top_k)),
+        (top_p < 1.0, lambda: TopPLogitsWarper(top_p)),
+        (typical_p < 1.0, lambda: TypicalLogitsWarper(typical_p)),
+    ]
+    for wanted, make in chain:
+        if wanted:
+            expected = make()(ids, expected)
+    torch.testing.assert_close(log_p, expected[0].log_softmax(-1))
+
+
+def test_frequency_penalty_counts_prompt_and_output_relative_to_their_number() -> None:
+    chooser = TokenChooser(SamplingParams(frequency_penalty=0.5), PROMPT)
+    logits = torch.zeros(10)
+    logits[7] = 5.0
+    first, log_p = chooser.choose(logits)
+    assert first == 7
+    assert (log_p[5] - log_p[0]).item() == pytest.approx(-0.5 * 2 / 4)
+    _, log_p = chooser.choose(logits)
+    assert (log_p[7] - log_p[0]).item() == pytest.approx(5.0 - 0.5 * 1 / 5)
+
+
+def test_greedy_is_argmax_and_leaves_the_logits_alone() -> None:
+    logits = _scores(1)
+    before = logits.clone()
+    id, log_p = TokenChooser(SamplingParams(repetition_penalty=1.2), PROMPT).choose(logits)
+    assert torch.equal(logits, before)
+    assert id == int(log_p.argmax())
+
+
+def test_top_k_one_equals_greedy() -> None:
+    for seed in range(20):
+        logits = _scores(seed)
+        assert TokenChooser(SamplingParams(top_k=1, seed=seed), []).choose(logits)[0] == int(logits.argmax())
+
+
+def test_draws_follow_the_distribution() -> None:
+    """20,000 draws of a known distribution: every frequency lies within five standard errors."""
+    p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    chooser = TokenChooser(SamplingParams(do_sample=True, seed=3), [])
+    n = 20_000
+    counts = torch.bincount(torch.tensor([chooser.choose(p.log())[0] for _ in range(n)]), minlength=4)
+    assert ((counts / n - p).abs() < 5 * (p * (1 - p) / n).sqrt()).all()
+
+
+def test_entropy_of_certain_and_uniform_distributions() -> None:
+    logits = torch.stack([torch.zeros(64), torch.tensor([100.0] + [0.0] * 63)])
+    entropy = normalized_entropy(logits)
+    assert entropy[0].item() == pytest.approx(1.0)
+    assert entropy[1].item() == pytest.approx(0.0, abs=1e-6)
+    half = torch.zeros(64)
+    half[:32] = 50.0
+    assert normalized_entropy(half[None]).item() == pytest.approx(math.log(32) / math.log(64), rel=1e-4)
