@@ -1,0 +1,27 @@
+"""Entry point of every process: ``chunkwise serve | router | shard``."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from chunkwise.config.flags import build_parser
+from chunkwise.core import ChunkwiseError
+
+# Named, not imported: a router must not load torch, and --help should load nothing.
+_COMMANDS = {
+    "serve": "chunkwise.launcher.command",
+    "router": "chunkwise.router.command",
+    "shard": "chunkwise.shard.command",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command. What is refused on purpose ends with one line on standard error and status 1."""
+    try:
+        args = build_parser(os.environ).parse_args(argv)
+        importlib.import_module(_COMMANDS[args.command]).run(args)
+    except ChunkwiseError as error:
+        sys.exit(f"chunkwise: {error}")
