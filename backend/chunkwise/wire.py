@@ -11,6 +11,8 @@ from chunkwise.pb import steering_pb2 as steer_pb
 
 _KV_NAMES = {core.KvFormat.FULL: "full", core.KvFormat.INT8: "int8"}
 _KV_FORMATS = {name: kind for kind, name in _KV_NAMES.items()}
+# A reason that this build does not know reads as the end of the sequence.
+_FINISH_REASONS = {int(reason): reason for reason in core.FinishReason}
 
 
 def _text(request: pb.Request) -> str:
@@ -145,7 +147,7 @@ def generations_from_pb(generation: pb.Generation) -> tuple[core.Generation, ...
     text = error = None
     if generation.HasField("generated_text"):
         g = generation.generated_text
-        reason = core.FinishReason(g.finish_reason)
+        reason = _FINISH_REASONS.get(g.finish_reason, core.FinishReason.EOS_TOKEN)
         text = core.GeneratedText(g.text, g.generated_tokens, reason, g.seed if g.HasField("seed") else None)
     if generation.HasField("error"):
         error = core.RequestError(generation.error.message, generation.error.kind)

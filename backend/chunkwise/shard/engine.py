@@ -72,6 +72,7 @@ class Engine:
         self._admission = Admission(tokenizer, adapters, model.spec.vocab)
         self._eos_id = min(tokenizer.eos_ids, default=0)
         self._batches: dict[int, list[Sequence]] = {}
+        self._live = 0
         self._runner: StepRunner | None = None
         self._limits: WarmupLimits | None = None
 
@@ -93,7 +94,7 @@ class Engine:
         """What is held now; callable from any thread."""
         cache = self._runner.cache if self._runner else None
         return ShardState(
-            sequences=sum(len(batch) for batch in list(self._batches.values())),
+            sequences=self._live,
             steered_requests=len(self._decisions),
             kv=cache.allocator.usage() if cache else (),
             kv_bytes_budget=cache.allocator.budget_bytes if cache else 0,
@@ -142,6 +143,7 @@ class Engine:
         for request in requests:
             try:
                 sequences.append(self._admission.admit(request, limits))
+                self._live += 1
             except ChunkwiseError as error:
                 self._decisions.forget(request.id)
                 refused.append(failure(request.id, error, self._eos_id))
@@ -223,6 +225,7 @@ class Engine:
                 prompt_ids=tuple(ids[: min(most, limits.max_input_tokens)]),
             )
             sequence = self._admission.admit(neutral, limits)
+            self._live += 1
             try:
                 runner.step([sequence])
             finally:
@@ -267,6 +270,7 @@ class Engine:
     def _release(self, sequences: SequenceOf[Sequence]) -> None:
         for sequence in sequences:
             self._require_runner().release(sequence)
+            self._live -= 1
 
     def _require_runner(self) -> StepRunner:
         if self._runner is None:

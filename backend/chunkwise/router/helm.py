@@ -1,0 +1,100 @@
+"""The steering of live requests as the loop uses it: decisions on their way to the shards, signals on their way back.
+
+It keeps the lag of exactly one step, and makes plain full-rank serving (no controller) look the same to the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from chunkwise.core import AdapterInfo, GenerationRequest, KvFormat, SteeringUpdate
+from chunkwise.router.metrics import Metrics
+from chunkwise.router.shard_group import Shards
+from chunkwise.steering import ChunkReport, SteeringController, SteeringReport
+
+
+def plain_report(adapter: AdapterInfo | None, length: int) -> SteeringReport:
+    """The report of ``length`` tokens that were not steered: one chunk at the trained rank (0: no adapter)."""
+    rank = float(adapter.trained_rank) if adapter is not None else 0.0
+    rung = adapter.rungs[-1] if adapter is not None and adapter.rungs else None
+    chunk = ChunkReport(0, length, rung, rank, scale=1.0, crossfade=0, complexity=0.0, kv=KvFormat.FULL)
+    return SteeringReport((chunk,), rank)
+
+
+class Helm:
+    """Steers one group of shards.
+
+    The signals of step n are observed while step n + 1 runs, whenever they arrive, so they bear on step n + 2 and on
+    nothing before it. With ``controller`` None the steering number and the step number are always 0, TGI's behaviour.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        controller: SteeringController | None,
+        adapters: Mapping[str, AdapterInfo],
+        metrics: Metrics,
+    ) -> None:
+        self._shards = shards
+        self._controller = controller
+        self._adapters = adapters
+        self._metrics = metrics
+        self._step = 0
+        self._launched: int | None = None
+        self._due: int | None = None
+
+    def admit(self, request: GenerationRequest) -> None:
+        """Plans a request that is about to join the batch."""
+        if self._controller is not None:
+            self._controller.admit(request.id, request.prompt_ids or (), self._adapter(request))
+
+    def extend(self, request_id: int, token_id: int) -> None:
+        """Takes a generated token of a request that goes on."""
+        if self._controller is not None:
+            self._controller.extend(request_id, token_id)
+
+    def release(self, request: GenerationRequest, length: int) -> SteeringReport:
+        """Forgets a request, and tells what was done to its first ``length`` tokens."""
+        if self._controller is None:
+            return plain_report(self._adapter(request), length)
+        report = self._controller.report(request.id, length)
+        self._controller.release(request.id)
+        return report
+
+    async def flush(self) -> SteeringUpdate | None:
+        """Sends the shards what was decided since the last flush; None if that was nothing."""
+        update = self._controller.flush() if self._controller is not None else None
+        if update is not None:
+            self._metrics.steering_update(update)
+            await self._shards.steer(update)
+        return update
+
+    @property
+    def seq(self) -> int:
+        """Number of the last update sent, the barrier of the next RPC."""
+        return self._controller.last_seq if self._controller is not None else 0
+
+    def open_step(self) -> int:
+        """The number of the step that is launched now; from now on the signals of the one before are due."""
+        if self._controller is None:
+            return 0
+        self._step += 1
+        self._due, self._launched = self._launched, self._step
+        return self._step
+
+    async def observe(self) -> None:
+        """Waits for the signals that are due, if any, and takes them.
+
+        Raises:
+            SteeringViolation: they contradict what the shards were told.
+        """
+        due, self._due = self._due, None
+        if due is not None and self._controller is not None:
+            self._controller.observe(await self._shards.signals(due))
+
+    def abandon_step(self) -> None:
+        """The step that was launched failed: its signals may never come, and nobody waits for them."""
+        self._launched = self._due = None
+
+    def _adapter(self, request: GenerationRequest) -> AdapterInfo | None:
+        return self._adapters[request.adapter_id] if request.adapter_id is not None else None

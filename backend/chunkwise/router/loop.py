@@ -1,0 +1,219 @@
+"""Continuous batching: one task that runs step after step and hands every token to its request.
+
+It decides only what runs next. Budgets are `backlog`'s, ranks are `helm`'s, RPCs are `batch`'s; HTTP is unknown here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from chunkwise.core import (
+    ChunkwiseError,
+    Generation,
+    GenerationFailed,
+    GenerationRequest,
+    InvalidRequest,
+    Overloaded,
+    StepResult,
+)
+from chunkwise.router.answer import Answer, Ending, Event
+from chunkwise.router.backlog import Backlog, Capacity, prompt_length
+from chunkwise.router.batch import ShardBatch
+from chunkwise.router.helm import Helm
+from chunkwise.router.metrics import Metrics
+from chunkwise.router.shard_group import ShardLost, Shards
+
+_log = logging.getLogger(__name__)
+
+
+class ServingStopped(GenerationFailed):
+    """The loop has ended: nothing will be generated any more."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """A request in the batch. ``generated`` counts the tokens it has got so far."""
+
+    request: GenerationRequest
+    generated: int = 0
+
+    @property
+    def computed(self) -> int:
+        """Positions that have run through the model, at most; the last generated token never does."""
+        return prompt_length(self.request) + max(self.generated - 1, 0)
+
+
+class Loop:
+    """The one caller of the shards' steps. Call `submit` from the event loop that runs `run`."""
+
+    def __init__(
+        self,
+        shards: Shards,
+        helm: Helm,
+        capacity: Capacity,
+        metrics: Metrics,
+        *,
+        max_requests: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.clock = clock
+        self._helm = helm
+        self._batch = ShardBatch(shards, helm, metrics, clock=clock)
+        self._capacity = capacity
+        self._backlog = Backlog(capacity)
+        self._metrics = metrics
+        self._max_requests = max_requests
+        self._ids = itertools.count(1)
+        self._answers: dict[int, Answer] = {}
+        self._live: dict[int, _Live] = {}
+        self._cancelled: set[int] = set()
+        self._wake = asyncio.Event()
+        self._stopped: str | None = None
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the loop has ended; None while it serves."""
+        return self._stopped
+
+    @property
+    def in_flight(self) -> int:
+        """Number of requests that wait or run."""
+        return len(self._answers)
+
+    def submit(self, request: GenerationRequest) -> Answer:
+        """Queues a request under a fresh id; the id it came with is ignored.
+
+        Raises:
+            Overloaded: as many requests as allowed are in flight.
+            InvalidRequest: the request can never fit the KV cache.
+            ServingStopped: the loop has ended.
+        """
+        if self._stopped is not None:
+            raise ServingStopped(self._stopped)
+        if len(self._answers) >= self._max_requests:
+            raise Overloaded(
+                f"{len(self._answers)} requests are in flight, the limit is {self._max_requests}; try again later"
+            )
+        request = replace(request, id=next(self._ids))
+        self._backlog.push(request)
+        answer = Answer(request.id, self.clock(), self._give_up)
+        self._answers[request.id] = answer
+        self._gauge()
+        self._wake.set()
+        return answer
+
+    async def run(self) -> None:
+        """Serves until cancelled. Ends every request that is then in flight.
+
+        Raises:
+            ShardLost: the shards must be started anew.
+        """
+        try:
+            while True:
+                await self._turn()
+        except asyncio.CancelledError:
+            self._stop("the server is shutting down")
+            raise
+        except Exception as error:
+            self._stop(f"serving has ended after an error: {error}")
+            raise
+
+    def _stop(self, reason: str) -> None:
+        self._stopped = reason
+        for answer in self._answers.values():
+            answer.fail(ServingStopped(reason))
+        self._answers.clear()
+
+    def _give_up(self, request_id: int) -> None:
+        self._answers.pop(request_id, None)
+        if not self._backlog.remove(request_id):
+            self._cancelled.add(request_id)
+        self._wake.set()
+
+    async def _turn(self) -> None:
+        """One step, or a wait for work. A failed call ends all requests in the batch and no others."""
+        try:
+            self._drop_cancelled()
+            await self._batch.keep(self._live.keys())
+            admitted = self._admit()
+            if self._live:
+                self._take(await self._batch.step(admitted))
+            else:
+                await self._rest()
+        except ShardLost:
+            raise
+        except GenerationFailed as error:
+            _log.error("a batch of %d requests failed: %s", len(self._live), error)
+            for request_id in list(self._live):
+                self._fail(request_id, error)
+            await self._batch.clear()
+
+    async def _rest(self) -> None:
+        await self._batch.rest()
+        self._wake.clear()
+        if not self._backlog:
+            await self._wake.wait()
+
+    def _drop_cancelled(self) -> None:
+        for request_id in self._cancelled & self._live.keys():
+            live = self._live.pop(request_id)
+            self._helm.release(live.request, live.computed)
+        self._cancelled.clear()
+
+    def _admit(self) -> tuple[GenerationRequest, ...]:
+        live = [live.request for live in self._live.values()]
+        admitted = self._backlog.next_batch(live, self._batch.current_tokens)
+        now = self.clock()
+        for request in admitted:
+            self._helm.admit(request)
+            self._live[request.id] = _Live(request)
+            self._answers[request.id].started_at = now
+        if admitted:
+            self._metrics.next_size.observe(len(admitted))
+        self._gauge()
+        return admitted
+
+    def _gauge(self) -> None:
+        self._metrics.queue_size.set(len(self._backlog))
+        self._metrics.batch_size.set(len(self._live))
+        self._metrics.batch_tokens.set(sum(self._capacity.reserved(live.request) for live in self._live.values()))
+
+    def _take(self, result: StepResult) -> None:
+        for generation in result.generations:
+            live = self._live.get(generation.request_id)
+            if live is not None:
+                self._deliver(live, generation)
+        for request_id in self._live.keys() - set(self._batch.request_ids):
+            self._fail(request_id, GenerationFailed("the shards dropped the request before it was complete"))
+
+    def _deliver(self, live: _Live, generation: Generation) -> None:
+        request = live.request
+        if generation.error is not None:
+            kind = InvalidRequest if generation.error.kind == "validation" else GenerationFailed
+            self._fail(request.id, kind(generation.error.message))
+            return
+        live.generated += 1
+        ending = None
+        if generation.text is not None:
+            del self._live[request.id]
+            ending = Ending(generation.text, self._helm.release(request, live.computed))
+            self._metrics.answer_done(request.adapter_id, live.generated, ending.report)
+        else:
+            self._helm.extend(request.id, generation.token.id)
+        answer = self._answers.get(request.id)
+        if answer is not None:
+            answer.push(Event(generation.token, generation.top_tokens, ending))
+        if ending is not None:
+            self._answers.pop(request.id, None)
+
+    def _fail(self, request_id: int, error: ChunkwiseError) -> None:
+        live = self._live.pop(request_id)
+        self._helm.release(live.request, live.computed)
+        answer = self._answers.pop(request_id, None)
+        if answer is not None:
+            answer.fail(error)

@@ -1,0 +1,323 @@
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from chunkwise.config.settings import Limits
+from chunkwise.core import (
+    GenerationFailed,
+    GenerationRequest,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    StepSignals,
+)
+from chunkwise.router.answer import Answer, Event
+from chunkwise.router.api.serving import Serving
+from chunkwise.router.loop import ServingStopped
+from chunkwise.router.shard_group import ShardLost
+from chunkwise.steering import SteeringController
+from fakes import Call, FakeShards, toy_text
+from routing import events, request, routing, settled, write_tokenizer
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokenizer(tmp_path_factory.mktemp("model"))
+
+
+def text_of(received: list[Event]) -> str:
+    ending = received[-1].ending
+    assert ending is not None
+    assert ending.text.text == "".join(event.token.text for event in received if not event.token.special)
+    return ending.text.text
+
+
+async def first(answer: Answer) -> Event:
+    return await anext(answer)
+
+
+async def test_one_request_is_one_prefill_and_then_decodes(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir, policy=None) as serving:
+        received = await events(serving.loop.submit(request(5, 4)))
+        assert text_of(received) == toy_text(request(5, 4), 4)
+        assert [event.ending is None for event in received] == [True, True, True, False]
+        assert shards.named("prefill", "decode") == [
+            Call("prefill", (1,), 0, 0),
+            Call("decode", (1,), 0, 0),
+            Call("decode", (1,), 0, 0),
+            Call("decode", (1,), 0, 0),
+        ]
+        assert not shards.named("steer", "signals")
+        await settled(shards, serving)
+
+
+async def test_a_request_that_comes_later_joins_the_batch(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir) as serving:
+        early = serving.loop.submit(request(5, 12))
+        await first(early)
+        late = serving.loop.submit(request(9, 3))
+        assert text_of(await events(late)) == toy_text(request(9, 3), 3)
+        rest = await events(early)
+        assert rest[-1].ending is not None
+        assert rest[-1].ending.text.text == toy_text(request(5, 12), 12)
+        assert Call("decode", (1, 2)) in [Call(call.name, call.ids) for call in shards.calls]
+        await settled(shards, serving)
+
+
+async def test_ids_are_never_used_twice(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir) as serving:
+        answers = [serving.loop.submit(request()) for _ in range(3)]
+        answers[1].cancel()
+        await events(answers[0])
+        await events(serving.loop.submit(request()))
+        admitted = [id for call in shards.named("prefill") for id in call.ids]
+        assert admitted == [1, 3, 4]
+
+
+async def test_a_long_prompt_is_computed_over_several_steps(model_dir: Path) -> None:
+    shards = FakeShards(step_tokens=16)
+    limits = Limits(max_batch_prefill_tokens=16)
+    async with routing(shards, model_dir, limits=limits) as serving:
+        received = await events(serving.loop.submit(request(50, 3)))
+        assert text_of(received) == toy_text(request(50, 3), 3)
+        assert [call.name for call in shards.named("prefill", "decode")] == ["prefill"] + ["decode"] * 5
+        await settled(shards, serving)
+
+
+@pytest.mark.parametrize("signal_seconds", [0.0, 0.002])
+async def test_signals_are_observed_after_the_next_launch_and_before_the_one_after(
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, signal_seconds: float
+) -> None:
+    """The contract of one step's lag, whether the signals come before they are due or after the step is done."""
+    shards = FakeShards(signal_seconds=signal_seconds)
+    observe = SteeringController.observe
+
+    def recorded(self: SteeringController, signals: StepSignals) -> None:
+        shards.calls.append(Call("observe", step=signals.step))
+        observe(self, signals)
+
+    monkeypatch.setattr(SteeringController, "observe", recorded)
+    async with routing(shards, model_dir) as serving:
+        await events(serving.loop.submit(request(5, 20, adapter="law")))
+        await events(serving.loop.submit(request(7, 4)))
+    order = [(call.name, call.step) for call in shards.named("prefill", "decode", "observe")]
+    launched = [step for name, step in order if name != "observe"]
+    assert launched == list(range(1, 25))
+    assert [step for name, step in order if name == "observe"] == list(range(1, 24))
+    for step in range(1, 24):
+        observed = order.index(("observe", step))
+        assert order[observed - 1][1] == step + 1, "the step after runs"
+        assert order[observed + 1 : observed + 2] in ([("decode", step + 2)], [("prefill", step + 2)], [])
+
+
+async def test_each_step_names_the_last_update_that_was_sent(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir) as serving:
+        await events(serving.loop.submit(request(9, 40, adapter="law")))
+    sent = 0
+    for call in shards.calls:
+        if call.name == "steer":
+            sent += 1
+        if call.name in ("prefill", "decode"):
+            assert call.seq == sent
+    assert sent > 3
+    assert shards.updates[0].chunks[0].start == 0
+
+
+async def test_the_report_tiles_prompt_and_answer(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir) as serving:
+        received = await events(serving.loop.submit(request(9, 20, adapter="law")))
+    ending = received[-1].ending
+    assert ending is not None
+    edges = [chunk.start for chunk in ending.report.chunks] + [ending.report.chunks[-1].end]
+    assert edges[0] == 0
+    assert edges[-1] == 28, "nine prompt tokens, and twenty less the last, which is never computed"
+    assert [chunk.end for chunk in ending.report.chunks] == edges[1:]
+    assert 2.0 <= ending.report.mean_rank <= 8.0
+
+
+async def test_without_steering_the_report_is_one_chunk_at_the_trained_rank(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir, policy=None) as serving:
+        for adapter, rank in (("law", 8.0), (None, 0.0)):
+            ending = (await events(serving.loop.submit(request(9, 20, adapter=adapter))))[-1].ending
+            assert ending is not None
+            (chunk,) = ending.report.chunks
+            assert (chunk.start, chunk.end, chunk.rank, ending.report.mean_rank) == (0, 28, rank, rank)
+
+
+async def test_cancelling_one_of_two_filters_the_batch_behind_the_release(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir) as serving:
+        gone = serving.loop.submit(request(5, 50, adapter="law"))
+        stays = serving.loop.submit(request(6, 10))
+        await first(gone)
+        gone.cancel()
+        assert text_of(await events(stays)) == toy_text(request(6, 10), 10)
+        (filtered,) = shards.named("filter_batch")
+        assert filtered.ids == (2,)
+        before = shards.calls[: shards.calls.index(filtered)]
+        assert before[-1] == Call("steer", (1,), filtered.seq)
+        assert all(1 not in call.ids for call in shards.calls[len(before) :])
+        await settled(shards, serving)
+
+
+async def test_cancelling_the_last_one_clears_its_batch(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir) as serving:
+        answer = serving.loop.submit(request(5, 50, adapter="law"))
+        await first(answer)
+        answer.cancel()
+        await settled(shards, serving)
+        assert not shards.named("filter_batch")
+        # The first clear is the router's at start.
+        assert [call.ids for call in shards.named("clear_cache")] == [(), (1,)]
+        assert 1 in shards.updates[-1].released
+
+
+async def test_a_waiting_request_disappears_without_a_trace(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir, limits=Limits(max_batch_size=1)) as serving:
+        running = serving.loop.submit(request(5, 10))
+        await first(running)
+        waiting = serving.loop.submit(request(6, 10))
+        waiting.cancel()
+        await events(running)
+        await settled(shards, serving)
+        assert serving.loop.in_flight == 0
+        assert all(2 not in call.ids for call in shards.calls)
+
+
+async def test_cancelling_after_the_end_does_nothing(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir) as serving:
+        answer = serving.loop.submit(request(5, 2))
+        await events(answer)
+        answer.cancel()
+        assert await events(answer) == []
+        assert len(await events(serving.loop.submit(request(5, 2)))) == 2
+
+
+@pytest.mark.parametrize("method", ["prefill", "decode"])
+async def test_a_failing_step_ends_its_requests_and_no_others(model_dir: Path, method: str) -> None:
+    shards = FakeShards(failures={method: [GenerationFailed("out of luck")]})
+    async with routing(shards, model_dir) as serving:
+        for answer in [serving.loop.submit(request(5 + i, 5, adapter="law")) for i in range(2)]:
+            with pytest.raises(GenerationFailed, match="out of luck"):
+                await events(answer)
+        assert text_of(await events(serving.loop.submit(request(7, 5)))) == toy_text(request(7, 5), 5)
+        await settled(shards, serving)
+        assert Call("clear_cache", (), 2) in shards.calls
+
+
+async def test_a_failing_filter_ends_the_batch(model_dir: Path) -> None:
+    shards = FakeShards(failures={"filter_batch": [GenerationFailed("cannot filter")]})
+    async with routing(shards, model_dir) as serving:
+        gone, stays = serving.loop.submit(request(5, 50)), serving.loop.submit(request(6, 50))
+        await first(gone)
+        gone.cancel()
+        with pytest.raises(GenerationFailed, match="cannot filter"):
+            await events(stays)
+        assert len(await events(serving.loop.submit(request(5, 3)))) == 3
+        await settled(shards, serving)
+
+
+async def test_an_error_of_one_request_leaves_the_others_alone(model_dir: Path) -> None:
+    errors = {"bad": RequestError("no such thing", "validation"), "ugly": RequestError("broke", "generation")}
+    shards = FakeShards(errors=errors)
+    async with routing(shards, model_dir) as serving:
+        bad = serving.loop.submit(request(5, 9, text="bad"))
+        ugly = serving.loop.submit(request(5, 9, text="ugly"))
+        good = serving.loop.submit(request(6, 9))
+        with pytest.raises(InvalidRequest, match="no such thing"):
+            await events(bad)
+        with pytest.raises(GenerationFailed, match="broke"):
+            await events(ugly)
+        assert text_of(await events(good)) == toy_text(request(6, 9), 9)
+        await settled(shards, serving)
+
+
+async def test_a_lost_shard_ends_the_loop_and_every_request(model_dir: Path) -> None:
+    shards = FakeShards(failures={"decode": [ShardLost("shard 1 is gone")]})
+    async with routing(shards, model_dir, limits=Limits(max_batch_size=1)) as serving:
+        running, waiting = serving.loop.submit(request(5, 9)), serving.loop.submit(request(6, 9))
+        for answer in (running, waiting):
+            with pytest.raises(ServingStopped, match="shard 1 is gone"):
+                await events(answer)
+        assert serving.loop.stopped is not None
+        with pytest.raises(ServingStopped):
+            serving.loop.submit(request())
+
+
+async def test_the_number_in_flight_is_limited(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir, limits=Limits(max_concurrent_requests=2)) as serving:
+        answers = [serving.loop.submit(request()) for _ in range(2)]
+        with pytest.raises(Overloaded, match="2 requests are in flight, the limit is 2"):
+            serving.loop.submit(request())
+        answers[0].cancel()
+        answers.append(serving.loop.submit(request()))
+        for answer in answers[1:]:
+            await events(answer)
+
+
+async def test_stopping_ends_what_is_in_flight(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir) as serving:
+        shards.running.clear()
+        answer = serving.loop.submit(request())
+        await asyncio.sleep(0)
+    with pytest.raises(ServingStopped, match="shutting down"):
+        await events(answer)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_whatever_clients_do_answers_are_right_and_nothing_is_left(model_dir: Path, data: st.DataObject) -> None:
+    """Any mix of arrivals, lengths and cancellations: every complete answer is what the request gets alone."""
+
+    async def client(serving: Serving, wanted: GenerationRequest, patience: int | None, delay: int) -> str | None:
+        for _ in range(delay):
+            await asyncio.sleep(0)
+        answer = serving.loop.submit(wanted)
+        received: list[Event] = []
+        async for event in answer:
+            received.append(event)
+            if len(received) == patience:
+                answer.cancel()
+                return None
+        return text_of(received)
+
+    async def scenario() -> None:
+        shards = FakeShards(step_tokens=data.draw(st.sampled_from([4, 16, 64])))
+        limits = Limits(max_batch_prefill_tokens=shards.step_tokens, max_batch_size=data.draw(st.integers(1, 4)))
+        plans: list[tuple[GenerationRequest, Any, int]] = data.draw(
+            st.lists(
+                st.tuples(
+                    st.builds(
+                        request, st.integers(1, 30), st.integers(1, 20), adapter=st.sampled_from([None, "law", "med"])
+                    ),
+                    st.one_of(st.none(), st.integers(1, 5)),
+                    st.integers(0, 40),
+                ),
+                min_size=1,
+                max_size=8,
+            )
+        )
+        async with routing(shards, model_dir, limits=limits) as serving:
+            answers = await asyncio.gather(*(client(serving, *plan) for plan in plans))
+            await settled(shards, serving)
+        for (wanted, _, _), text in zip(plans, answers, strict=True):
+            assert text is None or text == toy_text(wanted, wanted.stopping.max_new_tokens)
+
+    asyncio.run(scenario())
