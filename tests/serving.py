@@ -47,13 +47,21 @@ class Driver:
         total_tokens: int = 4096,
         prefill_tokens: int = 256,
         dtype: torch.dtype = torch.float32,
+        prefix_caching: bool = True,
+        prefill_logprobs: bool = False,
     ) -> None:
         model = Llama(model_dir, group or SingleProcess(), dtype, CPU)
         store = AdapterStore(target_slices(model.spec, model.plan), dtype, CPU)
         for name, path in (adapters or {}).items():
             store.add(build_ladder(load_adapter(path, name, model.spec.target_shapes())))
         self.decisions = DecisionTable(timeout_seconds=1.0)
-        self.engine = Engine(model, Tokenizer(model_dir), store, self.decisions, EngineSettings(total_tokens))
+        self.engine = Engine(
+            model,
+            Tokenizer(model_dir),
+            store,
+            self.decisions,
+            EngineSettings(total_tokens, prefix_caching, prefill_logprobs),
+        )
         self.limits: WarmupLimits = self.engine.warmup([request(0, "_test " * 8)], prefill_tokens, None, None)
         self.tokens: dict[int, list[int]] = {}
         self.texts: dict[int, str] = {}

@@ -126,6 +126,12 @@ def build_segments(spans: Sequence[GatedSpan], device: torch.device) -> tuple[Lo
     )
 
 
+def gate_key(span: GatedSpan) -> tuple[GateRun, ...]:
+    """The gates of a span as a value: spans with equal keys on the same adapter are gated alike. ``first_row`` does not
+    count. Raises InvalidRung as `build_segments`."""
+    return tuple(_runs(span))
+
+
 def _select(rows: list[tuple[int, int]], device: torch.device) -> slice | Tensor:
     """The ranges of ``rows`` as one slice where they join without gaps, else as indices."""
     if all(before[1] == after[0] for before, after in pairwise(rows)):

@@ -108,6 +108,7 @@ class GenerationRequest:
     adapter_id: str | None = None
     top_n_tokens: int = 0
     chunk_len: int | None = None
+    prefill_logprobs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +141,17 @@ class RequestError:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What one step produced for one request. ``text`` set, or ``error`` set, means that the request has ended."""
+    """What one step produced for one request. ``text`` set, or ``error`` set, means that the request has ended.
+
+    ``prefill_tokens`` is the whole prompt with its logprobs (the first is NaN), once, if the request asked for it.
+    """
 
     request_id: int
     token: Token
     text: GeneratedText | None = None
     top_tokens: tuple[Token, ...] = ()
     error: RequestError | None = None
+    prefill_tokens: tuple[Token, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,19 +277,22 @@ class WarmupLimits:
 
 @dataclass(frozen=True, slots=True)
 class KvUsage:
-    """Pages of one format in use and the bytes they hold on one shard."""
+    """Pages of one format that requests hold, their bytes on one shard, and pages kept for reuse alone."""
 
     format: KvFormat
     pages: int
     bytes: int
+    idle: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class ShardState:
-    """What a shard holds at this moment."""
+    """What a shard holds at this moment. ``reused_tokens`` counts, since the start, prompt tokens that were not computed
+    because an earlier request had computed them."""
 
     sequences: int = 0
     steered_requests: int = 0
     kv: tuple[KvUsage, ...] = field(default=())
     kv_bytes_budget: int = 0
     resident_bytes: int = 0
+    reused_tokens: int = 0

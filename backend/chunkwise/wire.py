@@ -46,6 +46,7 @@ def request_from_pb(request: pb.Request) -> core.GenerationRequest:
         adapter_id=request.adapter_id or None,
         top_n_tokens=request.top_n_tokens,
         chunk_len=request.chunk_len if request.HasField("chunk_len") else None,
+        prefill_logprobs=request.prefill_logprobs,
     )
 
 
@@ -77,6 +78,7 @@ def request_to_pb(request: core.GenerationRequest) -> pb.Request:
         adapter_id=request.adapter_id,
         add_special_tokens=request.add_special_tokens,
         chunk_len=request.chunk_len,
+        prefill_logprobs=request.prefill_logprobs,
         prompt_ids=request.prompt_ids or (),
     )
 
@@ -136,6 +138,7 @@ def generation_to_pb(generation: core.Generation) -> pb.Generation:
             seed=text.seed,
         ),
         top_tokens=[_tokens_to_pb(generation.top_tokens)] if generation.top_tokens else [],
+        prefill_tokens=_tokens_to_pb(generation.prefill_tokens) if generation.prefill_tokens else None,
         error=None
         if generation.error is None
         else pb.RequestError(message=generation.error.message, kind=generation.error.kind),
@@ -161,6 +164,7 @@ def generations_from_pb(generation: pb.Generation) -> tuple[core.Generation, ...
             text=text if i == last else None,
             top_tokens=tops[i],
             error=error if i == last else None,
+            prefill_tokens=_tokens_from_pb(generation.prefill_tokens) if i == 0 else (),
         )
         for i, token in enumerate(tokens)
     )
@@ -246,9 +250,10 @@ def state_to_pb(state: core.ShardState) -> pb.ShardState:
     return pb.ShardState(
         sequences=state.sequences,
         steered_requests=state.steered_requests,
-        kv_pages=[pb.KvPages(format=_KV_NAMES[u.format], used=u.pages, bytes=u.bytes) for u in state.kv],
+        kv_pages=[pb.KvPages(format=_KV_NAMES[u.format], used=u.pages, bytes=u.bytes, idle=u.idle) for u in state.kv],
         kv_bytes_budget=state.kv_bytes_budget,
         resident_bytes=state.resident_bytes,
+        reused_tokens=state.reused_tokens,
     )
 
 
@@ -258,10 +263,13 @@ def state_from_pb(state: pb.ShardState) -> core.ShardState:
         sequences=state.sequences,
         steered_requests=state.steered_requests,
         kv=tuple(
-            core.KvUsage(_KV_FORMATS[u.format], u.used, u.bytes) for u in state.kv_pages if u.format in _KV_FORMATS
+            core.KvUsage(_KV_FORMATS[u.format], u.used, u.bytes, u.idle)
+            for u in state.kv_pages
+            if u.format in _KV_FORMATS
         ),
         kv_bytes_budget=state.kv_bytes_budget,
         resident_bytes=state.resident_bytes,
+        reused_tokens=state.reused_tokens,
     )
 
 

@@ -71,9 +71,38 @@ def test_scrubbed_pages_are_zero_when_they_are_used_again() -> None:
     nan = torch.full((SHAPE.page_size, SHAPE.heads, SHAPE.head_dim), float("nan"))
     for layer in range(SHAPE.layers):
         cache.write(layer, torch.arange(SHAPE.page_size) + ref.number * SHAPE.page_size, nan, nan)
-    cache.release(refs, scrub=True)
+    cache.scrub(refs)
+    cache.release(refs)
     again = cache.allocator.allocate(KvFormat.FULL)
     assert again == ref
     keys, values = cache.gather(0, plan_gather([again], CPU))
     assert not keys.any()
     assert not values.any()
+
+
+def test_compressing_a_shared_page_leaves_it_to_its_other_holder() -> None:
+    cache = _cache()
+    refs, keys, _ = _fill(cache, 1)
+    other = cache.allocator.share(refs[0])
+    (mine,) = cache.compress(refs)
+    assert mine.format is KvFormat.INT8
+    cache.allocator.check_integrity([[mine], [other]])
+    assert torch.equal(cache.gather(0, plan_gather([other], CPU))[0], keys[0])
+
+
+def test_a_shared_page_stays_as_it_is_where_no_copy_fits() -> None:
+    cache = _cache(pages=1)
+    refs, _, _ = _fill(cache, 1)
+    cache.allocator.share(refs[0])
+    assert cache.compress(refs) == refs
+    cache.allocator.check_integrity([refs, refs])
+
+
+def test_scrubbing_spares_a_shared_page() -> None:
+    cache = _cache()
+    refs, keys, _ = _fill(cache, 2)
+    cache.allocator.share(refs[0])
+    cache.scrub(refs)
+    got = cache.gather(0, plan_gather(refs, CPU))[0]
+    assert torch.equal(got[: SHAPE.page_size], keys[0][: SHAPE.page_size])
+    assert not got[SHAPE.page_size :].any()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -314,3 +315,95 @@ def test_warmup_limits(tiny: TinyWorld, driver: Driver) -> None:
 def test_half_precision_serves(tiny: TinyWorld) -> None:
     driver = Driver(tiny.model, tiny.adapters, dtype=torch.bfloat16)
     assert len(driver.run(request(1, adapter_id="a8"))[1]) == 8
+
+
+def _reused(driver: Driver) -> int:
+    return driver.engine.state().reused_tokens
+
+
+def test_a_prompt_seen_before_is_reused_and_answers_the_same(tiny: TinyWorld) -> None:
+    cached, fresh = Driver(tiny.model, tiny.adapters), Driver(tiny.model, tiny.adapters, prefix_caching=False)
+    head = "a long shared beginning that fills several pages of the cache, "
+    for id, (tail, adapter) in enumerate([("one", "a4"), ("two", "a4"), ("two", "a8"), ("two", None), ("two", "a4")]):
+        before = _reused(cached)
+        wanted = request(id, head + tail, adapter_id=adapter)
+        assert cached.run(wanted) == fresh.run(wanted)
+        full_pages = len(head) // 16 * 16
+        assert _reused(cached) - before == {0: 0, 1: full_pages, 2: 0, 3: 0, 4: 64}[id]
+    assert _reused(fresh) == 0
+
+
+def test_a_finished_conversation_is_reused_by_its_continuation(driver: Driver) -> None:
+    ids = driver.run(request(1, "x" * 40, new=30))[1]
+    prompt = driver.engine._tokenizer.encode("x" * 40)
+    before = _reused(driver)
+    longer = request(2, "", new=4, prompt_ids=(*prompt, *ids, 5, 6))
+    got = driver.run(longer)
+    assert _reused(driver) - before == 64
+    assert got == driver.run(longer)
+
+
+def test_pages_computed_under_other_ranks_are_not_reused(driver: Driver) -> None:
+    text = "ranks are part of what a page depends on, as much as its tokens are"
+    plan = {
+        1: (ChunkDecision(1, 0, rung=2),),
+        2: (ChunkDecision(2, 0, rung=2), ChunkDecision(2, 32, rung=8, crossfade=4)),
+        3: (ChunkDecision(3, 0, rung=2, scale=0.5),),
+        4: (ChunkDecision(4, 0, rung=2), ChunkDecision(4, 32, rung=8, crossfade=4)),
+    }
+    reused = []
+    for id, chunks in plan.items():
+        driver.decisions.receive(SteeringUpdate(id, chunks=chunks))
+        before = _reused(driver)
+        driver.run(request(id, text, adapter_id="a8"), seq=id)
+        reused.append(_reused(driver) - before)
+    assert reused == [0, 32, 0, 64]
+
+
+def test_compressed_pages_and_what_follows_them_are_not_offered(driver: Driver) -> None:
+    text = "compression changes what later tokens see, so it ends sharing here."
+    batch = driver.prefill([request(1, text, new=40)]).batch
+    driver.decisions.receive(SteeringUpdate(1, kv=(KvDecision(1, 0, 48, KvFormat.INT8),)))
+    while batch is not None:
+        batch = driver.decode(batch, seq=1).batch
+    prompt = driver.engine._tokenizer.encode(text)
+    before = _reused(driver)
+    driver.run(request(2, "", prompt_ids=(*prompt, *driver.tokens[1])))
+    assert _reused(driver) - before == 64, "the four full prompt pages, and nothing computed after compression"
+
+
+def test_idle_pages_give_way_to_requests(tiny: TinyWorld) -> None:
+    driver = Driver(tiny.model, total_tokens=256)
+    for id in range(8):
+        driver.run(request(id, chr(97 + id) * 100, new=20))
+    assert not driver.errors
+    state = {usage.format: usage for usage in driver.engine.state().kv}
+    assert state[KvFormat.FULL].pages == 0
+    assert 0 < state[KvFormat.FULL].idle <= 16
+
+
+def test_prompt_logprobs_equal_transformers_whole_and_in_pieces(tiny: TinyWorld) -> None:
+    from transformers import LlamaForCausalLM
+
+    text = "the log-probability of every prompt token, given those before it"
+    model = LlamaForCausalLM.from_pretrained(tiny.model).eval()
+    for prefill_tokens in (256, 20):
+        driver = Driver(tiny.model, prefill_tokens=prefill_tokens, prefill_logprobs=True)
+        for id in (1, 2):
+            result = driver.prefill([request(id, text, prefill_logprobs=True, new=2)])
+            while not result.generations:
+                result = driver.decode(result.batch)
+            prefill = result.generations[0].prefill_tokens
+            ids = torch.tensor([[token.id for token in prefill]])
+            assert ids[0].tolist() == driver.engine._tokenizer.encode(text)
+            with torch.inference_mode():
+                expected = model(ids).logits[0].log_softmax(-1)[:-1].gather(1, ids[0, 1:, None])[:, 0]
+            assert math.isnan(prefill[0].logprob)
+            got = torch.tensor([token.logprob for token in prefill[1:]])
+            torch.testing.assert_close(got, expected, atol=2e-4, rtol=1e-4)
+            assert driver.decode(result.batch).generations[0].prefill_tokens == ()
+
+
+def test_prompt_logprobs_are_ignored_unless_the_server_enables_them(driver: Driver) -> None:
+    (generation,) = driver.prefill([request(1, prefill_logprobs=True, new=1)]).generations
+    assert generation.prefill_tokens == ()

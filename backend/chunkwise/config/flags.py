@@ -68,6 +68,8 @@ def _model_flags(flags: _Flags) -> None:
         "--lora-adapters", "adapters to serve: name=path, name=path@revision, hub/id or hub/id@revision, by comma"
     )
     flags.value("--max-batch-total-tokens", "tokens the KV cache holds; default from the free memory", kind=int)
+    flags.switch("--enable-prefill-logprobs", "answer requests for prompt logprobs; without it they are ignored")
+    flags.switch("--disable-prefix-caching", "compute every prompt anew instead of reusing what earlier ones share")
     flags.value("--threads", "CPU threads of each shard; default: the machine's cores over the shards", kind=int)
     _log_flags(flags)
 
@@ -224,6 +226,8 @@ def shard_settings(args: argparse.Namespace) -> ShardSettings:
         dtype=args.dtype,
         adapters=parse_lora_adapters(args.lora_adapters or ""),
         max_batch_total_tokens=args.max_batch_total_tokens,
+        prefix_caching=not args.disable_prefix_caching,
+        prefill_logprobs=args.enable_prefill_logprobs,
         threads=args.threads,
         log=_log(args),
     )

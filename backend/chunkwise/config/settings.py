@@ -88,6 +88,8 @@ class ShardSettings:
     dtype: str | None = None
     adapters: tuple[AdapterSource, ...] = ()
     max_batch_total_tokens: int | None = None
+    prefix_caching: bool = True
+    prefill_logprobs: bool = False
     threads: int | None = None
     model_sha: str = ""
     log: LogSettings = field(default_factory=LogSettings)

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from chunkwise.core import KvFormat
+from chunkwise.core import KvFormat, KvUsage
 from chunkwise.kv.formats import dequantize_keys, dequantize_values, quantize_keys, quantize_values
 from chunkwise.kv.pages import PageAllocator, PageRef
+from chunkwise.kv.prefix import PrefixCache
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ class KvCache:
         self.dtype = dtype
         self.device = device
         self.allocator = PageAllocator(shape.page_bytes(dtype), budget_bytes)
+        self.prefix = PrefixCache(self.allocator)
         page = (shape.page_size, shape.heads, shape.head_dim)
         full, int8 = (self.allocator.capacity(kind) + 1 for kind in (KvFormat.FULL, KvFormat.INT8))
         self._keys = _zeros((shape.layers, full, *page), dtype, device)
@@ -85,6 +87,25 @@ class KvCache:
         self._values_q = _zeros((shape.layers, int8, *page), torch.int8, device)
         self._key_scales = _zeros((shape.layers, int8, shape.heads, shape.head_dim), torch.float32, device)
         self._value_scales = _zeros((shape.layers, int8, shape.page_size, shape.heads), torch.float32, device)
+
+    def allocate(self, kind: KvFormat) -> PageRef:
+        """One page; idle pages of earlier prompts make room if they must. Raises OutOfPages."""
+        self._fits(kind)
+        return self.allocator.allocate(kind)
+
+    def _fits(self, kind: KvFormat) -> bool:
+        """Whether the budget fits another page, after evicting idle pages if it must."""
+        while self.allocator.free(kind) < 1 and self.prefix.evict():
+            pass
+        return self.allocator.free(kind) > 0
+
+    def usage(self) -> tuple[KvUsage, ...]:
+        """Per format: pages that sequences hold, their bytes, and the pages kept for reuse alone."""
+        pages = self.allocator
+        return tuple(
+            KvUsage(kind, pages.pages(kind), pages.pages(kind) * size, pages.idle(kind))
+            for kind, size in pages.page_bytes.items()
+        )
 
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Stores ``keys`` and ``values`` ``[tokens, heads, head_dim]`` of one layer at ``slots`` ``[tokens]``; slot =
@@ -112,31 +133,48 @@ class KvCache:
         return all_keys.view(flat), all_values.view(flat)
 
     def compress(self, pages: Sequence[PageRef]) -> list[PageRef]:
-        """Rewrites full pages as int8 and returns the new pages in the same order; the old ones go back to the pool.
+        """Copies full pages to int8 pages and returns, in the same order, the pages that the caller holds from now on.
 
-        The full page is released first: an int8 page is the smaller one, so it always fits what was returned.
+        A page that nobody else holds gives its bytes to the smaller copy. A shared page stays for its other holders;
+        where the budget does not fit a copy of it, the caller keeps it as it is.
         """
-        source = torch.tensor([page.number for page in pages], dtype=torch.int64, device=self.device)
+        held: list[PageRef] = []
         for page in pages:
-            self.allocator.release(page)
-        fresh = [self.allocator.allocate(KvFormat.INT8) for _ in pages]
-        target = torch.tensor([page.number for page in fresh], dtype=torch.int64, device=self.device)
+            shared = self.allocator.holders(page) > 1
+            if not shared:
+                self.allocator.release(page)
+            if shared and not self._fits(KvFormat.INT8):
+                held.append(page)
+                continue
+            held.append(self.allocator.allocate(KvFormat.INT8))
+            if shared:
+                self.allocator.release(page)
+        moves = [(old.number, new.number) for old, new in zip(pages, held, strict=True) if new is not old]
+        if moves:
+            source, target = torch.tensor(moves, dtype=torch.int64, device=self.device).unbind(dim=1)
+            self._quantize(source, target)
+        return held
+
+    def _quantize(self, source: Tensor, target: Tensor) -> None:
         # One layer at a time: the fp32 scratch stays small however many pages are rewritten.
         for layer in range(self.shape.layers):
             self._keys_q[layer][target], self._key_scales[layer][target] = quantize_keys(self._keys[layer][source])
             self._values_q[layer][target], self._value_scales[layer][target] = quantize_values(
                 self._values[layer][source]
             )
-        return fresh
 
-    def release(self, pages: Sequence[PageRef], *, scrub: bool = False) -> None:
-        """Returns pages to the pool. ``scrub`` zeroes them first: a sequence that produced NaN must not leave it behind
-        in memory that another sequence's masked positions read."""
-        if scrub:
-            for page in pages:
-                pool = (self._keys, self._values) if page.format is KvFormat.FULL else ()
-                scales = (self._key_scales, self._value_scales) if page.format is KvFormat.INT8 else ()
-                for tensor in (*pool, *scales):
-                    tensor[:, page.number].zero_()
+    def scrub(self, pages: Sequence[PageRef]) -> None:
+        """Zeroes pages that nobody else holds: a sequence that produced NaN must not leave it behind in memory that
+        another sequence's masked positions read."""
+        for page in (page for page in pages if self.allocator.holders(page) == 1):
+            if page.format is KvFormat.FULL:
+                tensors = (self._keys, self._values)
+            else:
+                tensors = (self._key_scales, self._value_scales)
+            for tensor in tensors:
+                tensor[:, page.number].zero_()
+
+    def release(self, pages: Sequence[PageRef]) -> None:
+        """Takes a holder of each page away."""
         for page in pages:
             self.allocator.release(page)

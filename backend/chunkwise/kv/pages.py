@@ -1,12 +1,13 @@
-"""Which page of which format is in use. Integers only: this module knows nothing of tensors."""
+"""Which page of which format is in use, and by how many holders. Integers only: nothing here knows of tensors."""
 
 from __future__ import annotations
 
 import heapq
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import NamedTuple
 
-from chunkwise.core import ChunkwiseError, KvFormat, KvUsage
+from chunkwise.core import ChunkwiseError, KvFormat
 
 
 class OutOfPages(ChunkwiseError):
@@ -21,23 +22,25 @@ class PageRef(NamedTuple):
 
 
 class PageAllocator:
-    """Pages of several formats over one byte budget.
+    """Pages of several formats over one byte budget. A page may have several holders and is free when the last is gone.
 
-    The lowest free index is handed out first, so a pool's touched memory never exceeds its own high-water mark. Index 0
-    of every pool is never handed out: it stays zero and serves as padding.
+    The lowest free number is handed out first, so a pool's touched memory never exceeds its own high-water mark. Number
+    0 of every pool is never handed out: it stays zero and serves as padding.
 
     Args:
         page_bytes: bytes of one page per format, over all layers of this shard.
-        budget_bytes: the most that all pages together may hold.
+        budget_bytes: the most that all pages together may take.
     """
 
     def __init__(self, page_bytes: Mapping[KvFormat, int], budget_bytes: int) -> None:
         self.page_bytes = dict(page_bytes)
         self.budget_bytes = budget_bytes
         self.bytes_held = 0
-        self._used: dict[KvFormat, set[int]] = {kind: set() for kind in page_bytes}
+        self._holders: dict[KvFormat, dict[int, int]] = {kind: {} for kind in page_bytes}
         self._returned: dict[KvFormat, list[int]] = {kind: [] for kind in page_bytes}
         self._next: dict[KvFormat, int] = dict.fromkeys(page_bytes, 1)
+        self._kept: set[PageRef] = set()
+        self._idle: dict[KvFormat, int] = dict.fromkeys(page_bytes, 0)
 
     def capacity(self, kind: KvFormat) -> int:
         """Pages of this format that would fit the whole budget."""
@@ -47,43 +50,83 @@ class PageAllocator:
         """Pages of this format that still fit the budget."""
         return (self.budget_bytes - self.bytes_held) // self.page_bytes[kind]
 
+    def pages(self, kind: KvFormat) -> int:
+        """Pages of this format that a sequence holds."""
+        return len(self._holders[kind]) - self._idle[kind]
+
+    def idle(self, kind: KvFormat) -> int:
+        """Pages of this format that are kept for reuse and nobody else holds."""
+        return self._idle[kind]
+
+    def holders(self, page: PageRef) -> int:
+        """How many hold this page."""
+        return self._holders[page.format].get(page.number, 0)
+
     def allocate(self, kind: KvFormat) -> PageRef:
-        """One page. Raises OutOfPages when the budget does not hold another."""
+        """One page with one holder. Raises OutOfPages when the budget does not fit another."""
         if self.free(kind) < 1:
             raise OutOfPages(
                 f"KV cache is full: {self.bytes_held} of {self.budget_bytes} bytes are held; "
                 "send fewer or shorter requests at once, or raise --max-batch-total-tokens"
             )
         if self._returned[kind]:
-            index = heapq.heappop(self._returned[kind])
+            number = heapq.heappop(self._returned[kind])
         else:
-            index = self._next[kind]
+            number = self._next[kind]
             self._next[kind] += 1
-        self._used[kind].add(index)
+        self._holders[kind][number] = 1
         self.bytes_held += self.page_bytes[kind]
-        return PageRef(kind, index)
+        return PageRef(kind, number)
+
+    def share(self, page: PageRef) -> PageRef:
+        """Adds a holder."""
+        holders = self._holders[page.format]
+        if page in self._kept and holders[page.number] == 1:
+            self._idle[page.format] -= 1
+        holders[page.number] += 1
+        return page
+
+    def keep(self, page: PageRef) -> PageRef:
+        """Adds a holder that keeps the page for reuse; a page is kept once."""
+        assert page not in self._kept, f"{page} is kept already"
+        self.share(page)
+        self._kept.add(page)
+        return page
+
+    def drop(self, page: PageRef) -> None:
+        """Takes the holder away that `keep` added."""
+        self._kept.remove(page)
+        if self.holders(page) == 1:
+            self._idle[page.format] -= 1
+        self.release(page)
 
     def release(self, page: PageRef) -> None:
-        """Returns one page to the pool."""
-        self._used[page.format].remove(page.number)
-        heapq.heappush(self._returned[page.format], page.number)
-        self.bytes_held -= self.page_bytes[page.format]
-
-    def usage(self) -> tuple[KvUsage, ...]:
-        """Pages in use and bytes held, per format."""
-        return tuple(KvUsage(kind, len(used), len(used) * self.page_bytes[kind]) for kind, used in self._used.items())
+        """Takes a holder away; with the last one the page returns to its pool."""
+        holders = self._holders[page.format]
+        holders[page.number] -= 1
+        if holders[page.number] == 1 and page in self._kept:
+            self._idle[page.format] += 1
+        if holders[page.number] == 0:
+            del holders[page.number]
+            heapq.heappush(self._returned[page.format], page.number)
+            self.bytes_held -= self.page_bytes[page.format]
 
     def check_integrity(self, tables: Iterable[Iterable[PageRef]]) -> None:
-        """Checks that the page tables of all live sequences hold exactly the pages in use, each once.
+        """Checks that ``tables`` (of live sequences, and of the prefix cache) are exactly the holders there are.
 
         Raises AssertionError otherwise: a leak or a page used twice is a bug of ours.
         """
-        held = [page for table in tables for page in table]
-        assert len(held) == len(set(held)), "a page is used twice"
-        assert set(held) == {PageRef(kind, i) for kind, used in self._used.items() for i in used}, "a page has leaked"
-        assert self.bytes_held == sum(self.page_bytes[page.format] for page in held)
+        held = Counter(page for table in tables for page in table)
+        known = Counter(
+            {PageRef(kind, number): n for kind, pages in self._holders.items() for number, n in pages.items()}
+        )
+        assert not held - known, f"pages {held - known} are used by more than hold them"
+        assert not known - held, f"pages {known - held} have leaked"
+        assert self.bytes_held == sum(self.page_bytes[page.format] for page in known)
         assert self.bytes_held <= self.budget_bytes
-        for kind, used in self._used.items():
+        assert self._kept <= set(known)
+        for kind, pages in self._holders.items():
+            assert self._idle[kind] == sum(page.format is kind and known[page] == 1 for page in self._kept)
             returned = set(self._returned[kind])
-            assert not used & returned
-            assert used | returned == set(range(1, self._next[kind]))
+            assert not set(pages) & returned
+            assert set(pages) | returned == set(range(1, self._next[kind]))

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = 0.1
 # Flags that each kind of child takes as the launcher got them.
 _SHARED = ("json_output", "log_level")
-_SHARD_FLAGS = (*_SHARED, "dtype", "max_batch_total_tokens")
+_SHARD_FLAGS = (*_SHARED, "dtype", "max_batch_total_tokens", "enable_prefill_logprobs", "disable_prefix_caching")
 _ROUTER_FLAGS = (
     *_SHARED,
     "hostname",

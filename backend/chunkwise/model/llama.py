@@ -23,6 +23,8 @@ from chunkwise.model.weights import Checkpoint
 from chunkwise_adapters.ops import choose_op
 from chunkwise_adapters.store import TargetSlice
 
+_SCORED_ROWS = 128
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -140,7 +142,7 @@ class Llama:
             x = x + self.group.sum_(layer.output.forward(mixed, step.segments))
             x = x + self._mlp(layer, x, step)
         logits = self._logits(x[step.last_rows])
-        return StepOutput(logits, torch.stack(spreads).mean(dim=0) if spreads else None)
+        return StepOutput(logits, self._scores(x, step), torch.stack(spreads).mean(dim=0) if spreads else None)
 
     def _norm_of(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (self.spec.hidden,), weight, self.spec.norm_eps)
@@ -170,3 +172,11 @@ class Llama:
     def _logits(self, x: Tensor) -> Tensor:
         local = F.linear(self._norm_of(x, self._norm), self._head).float()
         return self.group.gather_columns(local, self.spec.vocab)
+
+    def _scores(self, x: Tensor, step: StepInput) -> Tensor:
+        # Some rows at a time: the logits of a whole prompt would be far larger than the model.
+        parts = [x.new_empty(0, dtype=torch.float32)]
+        for start in range(0, step.scored_rows.shape[0], _SCORED_ROWS):
+            rows, ids = (t[start : start + _SCORED_ROWS] for t in (step.scored_rows, step.scored_ids))
+            parts.append(self._logits(x[rows]).log_softmax(dim=-1).gather(1, ids[:, None])[:, 0])
+        return torch.cat(parts)

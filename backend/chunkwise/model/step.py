@@ -38,13 +38,16 @@ class StepInput:
     """One ragged batch of ``T`` tokens of ``S`` sequences: decode rows first, then prefill spans.
 
     ``ids``, ``positions`` and ``slots`` are ``[T]``; ``last_rows`` ``[S]`` are the rows whose next-token logits are
-    wanted, in the order decode rows, prefill spans.
+    wanted, in the order decode rows, prefill spans. Of the rows ``scored_rows`` ``[P]`` only the log-probability of the
+    token ``scored_ids`` ``[P]`` is wanted (prompt logprobs).
     """
 
     ids: Tensor
     positions: Tensor
     slots: Tensor
     last_rows: Tensor
+    scored_rows: Tensor
+    scored_ids: Tensor
     decode: DecodeRows | None
     prefill: tuple[PrefillSpan, ...]
     segments: tuple[LoraSegment, ...]
@@ -52,7 +55,9 @@ class StepInput:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """``logits`` fp32 ``[S, vocabulary]``; ``attention_spread`` ``[S]`` in [0, 1], on rank 0 only."""
+    """``logits`` fp32 ``[S, vocabulary]``; ``scores`` fp32 ``[P]``, natural logarithms; ``attention_spread`` ``[S]`` in
+    [0, 1], on rank 0 only."""
 
     logits: Tensor
+    scores: Tensor
     attention_spread: Tensor | None

@@ -89,7 +89,7 @@ Global___HealthResponse: typing_extensions.TypeAlias = HealthResponse
 
 @typing.final
 class ShardState(google.protobuf.message.Message):
-    """ShardState counts what a shard holds; after the last request has gone every count but pages_total is zero."""
+    """ShardState counts what a shard holds; when no request is left, sequences, steered_requests and all used pages are zero."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
@@ -98,6 +98,7 @@ class ShardState(google.protobuf.message.Message):
     KV_PAGES_FIELD_NUMBER: builtins.int
     KV_BYTES_BUDGET_FIELD_NUMBER: builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: builtins.int
+    REUSED_TOKENS_FIELD_NUMBER: builtins.int
     sequences: builtins.int
     """sequences is the number of live requests."""
     steered_requests: builtins.int
@@ -106,6 +107,8 @@ class ShardState(google.protobuf.message.Message):
     """kv_bytes_budget is the most the KV cache may hold, in bytes on this shard."""
     resident_bytes: builtins.int
     """resident_bytes is the resident set size of the shard process, in bytes."""
+    reused_tokens: builtins.int
+    """reused_tokens counts, since the start, prompt tokens found in the prefix cache instead of being computed."""
     @property
     def kv_pages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___KvPages]:
         """kv_pages lists the pages of each format that are in use."""
@@ -118,34 +121,39 @@ class ShardState(google.protobuf.message.Message):
         kv_pages: collections.abc.Iterable[Global___KvPages] | None = ...,
         kv_bytes_budget: builtins.int = ...,
         resident_bytes: builtins.int = ...,
+        reused_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kv_bytes_budget", b"kv_bytes_budget", "kv_pages", b"kv_pages", "resident_bytes", b"resident_bytes", "sequences", b"sequences", "steered_requests", b"steered_requests"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kv_bytes_budget", b"kv_bytes_budget", "kv_pages", b"kv_pages", "resident_bytes", b"resident_bytes", "reused_tokens", b"reused_tokens", "sequences", b"sequences", "steered_requests", b"steered_requests"]) -> None: ...
 
 Global___ShardState: typing_extensions.TypeAlias = ShardState
 
 @typing.final
 class KvPages(google.protobuf.message.Message):
-    """KvPages counts the pages of one storage format."""
+    """KvPages counts the pages of one storage format that requests hold."""
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
 
     FORMAT_FIELD_NUMBER: builtins.int
     USED_FIELD_NUMBER: builtins.int
     BYTES_FIELD_NUMBER: builtins.int
+    IDLE_FIELD_NUMBER: builtins.int
     format: builtins.str
     """format is the name of the format: "full" or "int8"."""
     used: builtins.int
     """used is the number of pages in use."""
     bytes: builtins.int
     """bytes is what those pages hold, in bytes on this shard (keys, values and scales of all layers)."""
+    idle: builtins.int
+    """idle is the number of further pages that are kept for reuse and give way to requests."""
     def __init__(
         self,
         *,
         format: builtins.str = ...,
         used: builtins.int = ...,
         bytes: builtins.int = ...,
+        idle: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "format", b"format", "used", b"used"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["bytes", b"bytes", "format", b"format", "idle", b"idle", "used", b"used"]) -> None: ...
 
 Global___KvPages: typing_extensions.TypeAlias = KvPages
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from chunkwise.core import (
     AdapterInfo,
@@ -36,6 +36,7 @@ from chunkwise.shard.runner import StepOutcome, StepRunner, failure
 from chunkwise.shard.scheduler import next_step_tokens
 from chunkwise.shard.sequence import Sequence
 from chunkwise.tokenizer import Tokenizer
+from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.store import AdapterStore
 
 PAGE_SIZE = 16
@@ -47,9 +48,13 @@ _CPU_WARMUP_TOKENS = 64
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """``max_batch_total_tokens`` sizes the KV cache (None: from free memory); ``model_sha`` is reported in Info."""
+    """``max_batch_total_tokens`` sizes the KV cache (None: from free memory); ``prefix_caching`` reuses keys and values
+    of earlier prompts; ``prefill_logprobs`` answers requests for prompt logprobs, which are ignored otherwise, as in
+    TGI; ``model_sha`` is reported in Info."""
 
     max_batch_total_tokens: int | None = None
+    prefix_caching: bool = True
+    prefill_logprobs: bool = False
     model_sha: str = ""
 
 
@@ -96,9 +101,10 @@ class Engine:
         return ShardState(
             sequences=self._live,
             steered_requests=len(self._decisions),
-            kv=cache.allocator.usage() if cache else (),
+            kv=cache.usage() if cache else (),
             kv_bytes_budget=cache.allocator.budget_bytes if cache else 0,
             resident_bytes=resident_bytes(),
+            reused_tokens=cache.prefix.reused_pages * PAGE_SIZE if cache else 0,
         )
 
     def warmup(
@@ -142,9 +148,8 @@ class Engine:
         refused: list[Generation] = []
         for request in requests:
             try:
-                sequences.append(self._admission.admit(request, limits))
-                self._live += 1
-            except ChunkwiseError as error:
+                sequences.append(self._admit(request, limits))
+            except (ChunkwiseError, AdapterError) as error:
                 self._decisions.forget(request.id)
                 refused.append(failure(request.id, error, self._eos_id))
         return self._step(batch_id if cached is None else cached, sequences, step, refused)
@@ -185,6 +190,7 @@ class Engine:
         """Checks that live sequences hold exactly the pages in use. Raises AssertionError otherwise."""
         if self._runner:
             tables = [sequence.pages for batch in self._batches.values() for sequence in batch]
+            tables.append(self._runner.cache.prefix.pages())
             self._runner.cache.allocator.check_integrity(tables)
 
     def _step(
@@ -209,6 +215,15 @@ class Engine:
             total_ns=time.perf_counter_ns() - start,
         )
         return result, StepSignals(step, tuple(outcome.signals))
+
+    def _admit(self, request: GenerationRequest, limits: WarmupLimits) -> Sequence:
+        if request.prefill_logprobs and not self._settings.prefill_logprobs:
+            request = replace(request, prefill_logprobs=False)
+        sequence = self._admission.admit(request, limits)
+        if self._settings.prefix_caching:
+            self._require_runner().reuse_prefix(sequence)
+        self._live += 1
+        return sequence
 
     def _rehearse(self, requests: SequenceOf[GenerationRequest]) -> None:
         """Runs a step over Warmup's first request, so that the first real one does not pay for lazy set-up. Warmup's

@@ -43,6 +43,15 @@ def _segments(
     return build_segments(gated, device)
 
 
+def _scored(span: Span, first_row: int) -> list[tuple[int, int]]:
+    """Rows of a span whose next token is a prompt token, with that token, where prompt logprobs were asked for."""
+    sequence = span.sequence
+    if not sequence.request.prefill_logprobs:
+        return []
+    positions = range(sequence.computed, min(span.context, sequence.prompt_tokens - 1))
+    return [(first_row + p - sequence.computed, sequence.ids[p + 1]) for p in positions]
+
+
 def pack(spans: SequenceOf[Span], chunks_of: ChunksOf, page_size: int, device: torch.device) -> StepInput:
     """The tensors of one step.
 
@@ -68,11 +77,14 @@ def pack(spans: SequenceOf[Span], chunks_of: ChunksOf, page_size: int, device: t
 
     # A prompt's single last token behind longer spans is a prefill span like any other.
     decoding = len(list(takewhile(lambda span: span.tokens == 1, spans)))
+    scored = [pair for span, row in zip(spans, first_rows, strict=True) for pair in _scored(span, row)]
     return StepInput(
         ids=tensor(ids),
         positions=tensor(positions),
         slots=tensor(slots),
         last_rows=tensor([row + span.tokens - 1 for row, span in zip(first_rows, spans, strict=True)]),
+        scored_rows=tensor([row for row, _ in scored]),
+        scored_ids=tensor([id for _, id in scored]),
         decode=_decode_rows(spans[:decoding], page_size, device),
         prefill=tuple(
             PrefillSpan(row, span.tokens, span.context, plan_gather(span.sequence.pages, device))

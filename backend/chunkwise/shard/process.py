@@ -91,7 +91,12 @@ def load_engine(settings: ShardSettings, decisions: DecisionTable) -> Engine:
         device,
         threads,
     )
-    engine_settings = EngineSettings(settings.max_batch_total_tokens, settings.model_sha)
+    engine_settings = EngineSettings(
+        max_batch_total_tokens=settings.max_batch_total_tokens,
+        prefix_caching=settings.prefix_caching,
+        prefill_logprobs=settings.prefill_logprobs,
+        model_sha=settings.model_sha,
+    )
     return Engine(model, tokenizer, _load_adapters(settings, model), decisions, engine_settings)
 
 

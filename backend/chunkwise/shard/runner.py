@@ -3,6 +3,8 @@ or RPCs. Every failure that concerns one sequence ends that sequence alone."""
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
@@ -30,7 +32,7 @@ from chunkwise.shard.decisions import DecisionTable
 from chunkwise.shard.packing import pack
 from chunkwise.shard.sampler import normalized_entropy
 from chunkwise.shard.scheduler import Span, schedule
-from chunkwise.shard.sequence import Sequence
+from chunkwise.shard.sequence import PrefixTrail, Sequence
 from chunkwise.tokenizer import Tokenizer
 from chunkwise_adapters.errors import AdapterError
 
@@ -99,9 +101,24 @@ class StepRunner:
         outcome.decode_ns = time.perf_counter_ns() - start - outcome.forward_ns
         return outcome
 
+    def reuse_prefix(self, sequence: Sequence) -> None:
+        """Gives a new sequence the pages of its prompt that an earlier request computed alike; at least the prompt's
+        last token is left to compute. Raises as `Sequence.check_chunks`."""
+        chunks = self._decisions.chunks(sequence.request.id)
+        sequence.check_chunks(chunks)
+        if sequence.request.prefill_logprobs:
+            return
+        size, prefix = self._cache.shape.page_size, self._cache.prefix
+        adapter_hash = sequence.adapter.content_hash if sequence.adapter is not None else None
+        keys = [sequence.page_key(place, size, chunks) for place in range((len(sequence.ids) - 1) // size)]
+        nodes = prefix.match(adapter_hash, keys)
+        sequence.pages = [node.page for node in nodes if node.page is not None]
+        sequence.computed = len(nodes) * size
+        sequence.trail = PrefixTrail(nodes[-1] if nodes else prefix.root(adapter_hash), len(nodes))
+
     def release(self, sequence: Sequence) -> None:
         """Returns the pages of a sequence and forgets its steering decisions."""
-        self._cache.release(sequence.pages, scrub=sequence.poisoned)
+        self._cache.release(sequence.pages)
         sequence.pages.clear()
         self._decisions.forget(sequence.request.id)
 
@@ -124,15 +141,18 @@ class StepRunner:
             sequence.permit_compression(decision)
         places = sequence.take_compressible_pages(self._cache.shape.page_size) if sequence.compressible else []
         if places:
+            # What follows is computed over 8-bit pages, which no other request starts from.
+            sequence.trail = None
             fresh = self._cache.compress([sequence.pages[place] for place in places])
             for place, page in zip(places, fresh, strict=True):
                 sequence.pages[place] = page
 
     def _reserve(self, sequence: Sequence, context: int) -> None:
         while len(sequence.pages) * self._cache.shape.page_size < context:
-            sequence.pages.append(self._cache.allocator.allocate(KvFormat.FULL))
+            sequence.pages.append(self._cache.allocate(KvFormat.FULL))
 
     def _advance(self, spans: SequenceOf[Span], output: StepOutput, outcome: StepOutcome) -> None:
+        self._score_prompts(spans, output.scores)
         finite = torch.isfinite(output.logits).all(dim=-1).tolist()
         entropies = normalized_entropy(output.logits).tolist()
         spreads = output.attention_spread.tolist() if output.attention_spread is not None else None
@@ -141,13 +161,32 @@ class StepRunner:
             completes = span.completes
             sequence.computed = span.context
             if not finite[i]:
-                sequence.poisoned = True
+                self._cache.scrub(sequence.pages)
                 self._guarded(outcome, sequence, _fail_not_finite)
                 continue
             spread = spreads[i] if spreads is not None else None
             outcome.signals.append(SequenceSignals(sequence.request.id, sequence.computed - 1, entropies[i], spread))
+            self._keep_pages(sequence)
             if completes:
                 self._choose(sequence, output.logits[i], outcome)
+
+    def _keep_pages(self, sequence: Sequence) -> None:
+        """Puts pages that have become complete into the prefix cache."""
+        size, chunks = self._cache.shape.page_size, self._decisions.chunks(sequence.request.id)
+        while sequence.trail is not None and (sequence.trail.pages + 1) * size <= sequence.computed:
+            place = sequence.trail.pages
+            key = sequence.page_key(place, size, chunks)
+            node, sequence.pages[place] = self._cache.prefix.insert(sequence.trail.node, key, sequence.pages[place])
+            sequence.trail = PrefixTrail(node, place + 1)
+
+    def _score_prompts(self, spans: SequenceOf[Span], scores: Tensor) -> None:
+        """Hands out the prompt logprobs of this step, in the order in which `pack` asked for them."""
+        values = iter(scores.tolist())
+        for span in spans:
+            sequence = span.sequence
+            if sequence.request.prefill_logprobs:
+                wanted = min(span.context, sequence.prompt_tokens - 1) - sequence.computed
+                sequence.prompt_logprobs.extend(itertools.islice(values, max(wanted, 0)))
 
     def _choose(self, sequence: Sequence, logits: Tensor, outcome: StepOutcome) -> None:
         id, log_p = sequence.chooser.choose(logits)
@@ -162,7 +201,17 @@ class StepRunner:
             ending = GeneratedText(sequence.detokenizer.text, sequence.generated, reason, seed)
             outcome.ended.append(sequence)
         top = self._top_tokens(log_p, sequence.request.top_n_tokens)
-        outcome.generations.append(Generation(sequence.request.id, token, ending, top))
+        prefill = self._prefill_tokens(sequence) if sequence.generated == 1 else ()
+        outcome.generations.append(Generation(sequence.request.id, token, ending, top, prefill_tokens=prefill))
+
+    def _prefill_tokens(self, sequence: Sequence) -> tuple[Token, ...]:
+        """The prompt with its logprobs, if asked for. The first token has none: NaN."""
+        if not sequence.request.prefill_logprobs:
+            return ()
+        return tuple(
+            Token(id, logprob, self._tokenizer.decode([id]), self._tokenizer.is_special(id))
+            for id, logprob in zip(sequence.ids, [math.nan, *sequence.prompt_logprobs], strict=False)
+        )
 
     def _finish_reason(self, sequence: Sequence, id: int) -> FinishReason | None:
         """TGI's order: length, then end of sequence, then stop sequences."""

@@ -7,9 +7,19 @@ from dataclasses import dataclass, field
 
 from chunkwise.core import ChunkDecision, GenerationRequest, KvDecision, KvFormat, SteeringViolation
 from chunkwise.kv.pages import PageRef
+from chunkwise.kv.prefix import PageKey, PrefixNode
 from chunkwise.shard.detokenizer import Detokenizer
 from chunkwise.shard.sampler import TokenChooser
+from chunkwise_adapters.gate import GatedSpan, gate_key
 from chunkwise_adapters.store import ResidentAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixTrail:
+    """How far a sequence's pages are in the prefix cache: the first ``pages``, of which ``node`` is the last."""
+
+    node: PrefixNode
+    pages: int
 
 
 @dataclass(slots=True, eq=False)
@@ -28,9 +38,10 @@ class Sequence:
     adapter: ResidentAdapter | None
     computed: int = 0
     pages: list[PageRef] = field(default_factory=list)
+    trail: PrefixTrail | None = None
     chunks_seen: int = 0
     compressible: list[tuple[int, int]] = field(default_factory=list)
-    poisoned: bool = False
+    prompt_logprobs: list[float] = field(default_factory=list)
 
     @property
     def remaining(self) -> int:
@@ -41,6 +52,14 @@ class Sequence:
     def generated(self) -> int:
         """Tokens generated so far."""
         return len(self.ids) - self.prompt_tokens
+
+    def page_key(self, place: int, page_size: int, chunks: SequenceOf[ChunkDecision]) -> PageKey:
+        """What the content of page ``place`` depends on beside the pages before it: its tokens and their gates."""
+        start = place * page_size
+        tokens = tuple(self.ids[start : start + page_size])
+        if self.adapter is None:
+            return tokens, None
+        return tokens, gate_key(GatedSpan(0, page_size, start, self.adapter, chunks))
 
     def check_chunks(self, chunks: SequenceOf[ChunkDecision]) -> None:
         """Checks the chunk decisions that have become effective since the last call.

@@ -1,0 +1,70 @@
+"""The prefix cache finds what was put in, by content, and its books agree with the allocator's under any operations."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chunkwise.core import KvFormat
+from chunkwise.kv.pages import PageAllocator, PageRef
+from chunkwise.kv.prefix import PrefixCache
+
+BYTES = {KvFormat.FULL: 10, KvFormat.INT8: 3}
+
+
+def _put(cache: PrefixCache, allocator: PageAllocator, adapter: str | None, keys: list[tuple]) -> list[PageRef]:
+    """Plays a request: match, allocate the rest, insert it; returns the pages it holds."""
+    nodes = cache.match(adapter, keys)
+    held = [node.page for node in nodes]
+    node = nodes[-1] if nodes else cache.root(adapter)
+    for key in keys[len(nodes) :]:
+        while allocator.free(KvFormat.FULL) < 1:
+            if not cache.evict():
+                return held
+        node, page = cache.insert(node, key, allocator.allocate(KvFormat.FULL))
+        held.append(page)
+    return held
+
+
+prompts = st.lists(st.tuples(st.tuples(st.integers(0, 2)), st.sampled_from(["g", "h"])), max_size=5)
+
+
+@given(st.lists(st.tuples(st.sampled_from([None, "a", "b"]), prompts, st.booleans()), max_size=40))
+def test_books_agree_and_what_is_found_was_put(requests: list[tuple[str | None, list[tuple], bool]]) -> None:
+    allocator = PageAllocator(BYTES, budget_bytes=120)
+    cache = PrefixCache(allocator)
+    contents: dict[PageRef, tuple] = {}
+    live: list[list[PageRef]] = []
+    for adapter, keys, finish in requests:
+        held = _put(cache, allocator, adapter, keys)
+        for i, page in enumerate(held):
+            path = (adapter, *keys[: i + 1])
+            if allocator.holders(page) > 2:
+                assert contents[page] == path, "a shared page must have been computed for this very content"
+            contents[page] = path
+        live.append(held)
+        if finish:
+            for page in live.pop(0):
+                allocator.release(page)
+        allocator.check_integrity([*live, cache.pages()])
+    for held in live:
+        for page in held:
+            allocator.release(page)
+    assert allocator.pages(KvFormat.FULL) == 0
+    while cache.evict():
+        pass
+    allocator.check_integrity([])
+    assert allocator.bytes_held == 0
+
+
+def test_least_recently_used_goes_first_and_pages_in_use_stay() -> None:
+    allocator = PageAllocator(BYTES, budget_bytes=10_000)
+    cache = PrefixCache(allocator)
+    for name in "abc":
+        for page in _put(cache, allocator, name, [((i,), None) for i in range(10)]):
+            allocator.release(page)
+    in_use = [node.page for node in cache.match("a", [((i,), None) for i in range(10)])]
+    cache.evict()
+    assert len(cache.match("a", [((i,), None) for i in range(10)])) == 10
+    assert len(cache.match("b", [((i,), None) for i in range(10)])) < 10
+    assert len(in_use) == 10
