@@ -1,0 +1,60 @@
+"""Starts `chunkwise serve` for a script and speaks to it over HTTP. Measures nothing itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_READY_SECONDS = 180
+
+
+def post(url: str, body: dict[str, Any]) -> Any:
+    """The JSON answer to one POST. Raises urllib.error.HTTPError for a refused request."""
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"content-type": "application/json"})
+    with urllib.request.urlopen(request, timeout=600) as response:
+        return json.load(response)
+
+
+@contextmanager
+def live_server(model: Path, adapter: Path, *flags: str) -> Iterator[tuple[str, int]]:
+    """The url and the launcher's process id of a server with one adapter named ``adapter``, on a free port."""
+    command = [sys.executable, "-m", "chunkwise", "serve", f"--model-id={model}", f"--lora-adapters=adapter={adapter}"]
+    process = subprocess.Popen([*command, "--port=0", *flags], stdout=subprocess.PIPE, text=True)
+    try:
+        yield _ready_url(process), process.pid
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
+def _ready_url(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    deadline, seen = time.monotonic() + _READY_SECONDS, []
+    for line in process.stdout:
+        seen.append(line)
+        if "ready on http" in line:
+            return line.split("ready on ")[1].strip()
+        if time.monotonic() > deadline:
+            break
+    raise RuntimeError("the server did not become ready:\n" + "".join(seen))
+
+
+def children(pid: int) -> Sequence[int]:
+    """Process ids of all descendants of ``pid``."""
+    direct = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
+    return [*direct, *(deeper for child in direct for deeper in children(child))]
+
+
+def peak_resident_bytes(pid: int) -> int:
+    """Largest resident set that process ``pid`` has had."""
+    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/{pid}/status has no VmHWM")
