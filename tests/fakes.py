@@ -128,11 +128,10 @@ class FakeShards:
         return await self._run(cached.id if cached is not None else batch_id, old + new, step)
 
     async def decode(self, batches: Sequence[CachedBatch], seq: int, step: int) -> StepResult:
-        (cached,) = batches
-        sequences = self.batches.pop(cached.id)
+        sequences = [sequence for cached in batches for sequence in self.batches.pop(cached.id)]
         self._enter(Call("decode", tuple(sequence.request.id for sequence in sequences), seq, step))
         self._apply(seq)
-        return await self._run(cached.id, sequences, step)
+        return await self._run(batches[0].id, sequences, step)
 
     async def filter_batch(self, batch_id: int, request_ids: Sequence[int], seq: int) -> CachedBatch:
         self._enter(Call("filter_batch", tuple(request_ids), seq))

@@ -13,6 +13,7 @@ from chunkwise.core import (
     Generation,
     GenerationRequest,
     SamplingParams,
+    SteeringUpdate,
     StepResult,
     StoppingParams,
     WarmupLimits,
@@ -21,6 +22,7 @@ from chunkwise.model.llama import Llama, target_slices
 from chunkwise.model.parallel import Group, SingleProcess
 from chunkwise.shard.decisions import DecisionTable
 from chunkwise.shard.engine import Engine, EngineSettings
+from chunkwise.shard.grammar import GrammarCompiler
 from chunkwise.tokenizer import Tokenizer
 from chunkwise_adapters.format import load_adapter
 from chunkwise_adapters.ladder import build_ladder
@@ -55,11 +57,14 @@ class Driver:
         for name, path in (adapters or {}).items():
             store.add(build_ladder(load_adapter(path, name, model.spec.target_shapes())))
         self.decisions = DecisionTable(timeout_seconds=1.0)
+        self._session = self.decisions.start_session()
+        tokenizer = Tokenizer(model_dir)
         self.engine = Engine(
             model,
-            Tokenizer(model_dir),
+            tokenizer,
             store,
             self.decisions,
+            GrammarCompiler(model_dir, tokenizer.eos_ids),
             EngineSettings(total_tokens, prefix_caching, prefill_logprobs),
         )
         self.limits: WarmupLimits = self.engine.warmup([request(0, "_test " * 8)], prefill_tokens, None, None)
@@ -67,6 +72,14 @@ class Driver:
         self.texts: dict[int, str] = {}
         self.errors: dict[int, str] = {}
         self._batch_ids = 0
+
+    def steer(self, update: SteeringUpdate) -> None:
+        """Sends an update of the current steering session."""
+        self.decisions.receive(self._session, update)
+
+    def restart_steering(self) -> None:
+        """Opens a new steering session; updates count from 1 again."""
+        self._session = self.decisions.start_session()
 
     def prefill(
         self, requests: Sequence[GenerationRequest], cached: CachedBatch | None = None, seq: int = 0

@@ -74,7 +74,9 @@ class Stepper:
         for span in spans:
             while len(span.sequence.pages) * page_size < span.context:
                 span.sequence.pages.append(self.cache.allocator.allocate(KvFormat.FULL))
-        step = pack(spans, lambda id: self.chunks.get(id, ()), page_size, CPU)
+        for span in spans:
+            span.sequence.chunks = self.chunks.get(span.sequence.request.id, [])
+        step = pack(spans, page_size, CPU)
         output = self.model.forward(step, self.cache)
         self.spread = output.attention_spread
         for span in spans:

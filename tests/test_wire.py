@@ -26,7 +26,7 @@ SAMPLING = st.builds(
     repetition_penalty=POSITIVE,
     frequency_penalty=F32,
     watermark=st.booleans(),
-    grammar=st.text(),
+    grammar=st.none() | st.builds(core.Grammar, st.sampled_from(["regex", "json"]), NAME),
 )
 STOPPING = st.builds(core.StoppingParams, U32, st.lists(st.text()).map(tuple), st.booleans())
 REQUEST = st.builds(
@@ -135,6 +135,12 @@ def test_an_empty_request_reads_as_neutral() -> None:
     assert request.sampling == core.SamplingParams()
     assert not request.sampling.samples
     assert (request.prompt_ids, request.adapter_id, request.chunk_len) == (None, None, None)
+
+
+def test_an_empty_grammar_or_one_of_no_known_type_is_none() -> None:
+    for type, text in ((pb.GRAMMAR_TYPE_REGEX, ""), (pb.GRAMMAR_TYPE_NONE, "a"), (7, "a")):
+        parameters = pb.NextTokenChooserParameters(grammar=text, grammar_type=type)
+        assert wire.request_from_pb(pb.Request(parameters=parameters)).sampling.grammar is None
 
 
 def test_a_prompt_with_an_image_is_its_text() -> None:

@@ -1,4 +1,4 @@
-"""Entry point of every process: ``chunkwise serve | router | shard``."""
+"""Entry point of every process: ``chunkwise serve | router | front | shard``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from collections.abc import Sequence
 
 from chunkwise.config.flags import build_parser
 from chunkwise.core import ChunkwiseError
+from chunkwise.lifetime import PARENT_VARIABLE, die_with_parent
 
 # Named, not imported: a router must not load torch, and --help should load nothing.
 _COMMANDS = {
     "serve": "chunkwise.launcher.command",
     "router": "chunkwise.router.command",
+    "front": "chunkwise.router.front_command",
     "shard": "chunkwise.shard.command",
 }
 
@@ -21,6 +23,9 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command. What is refused on purpose ends with one line on standard error and status 1."""
     try:
+        # Before anything heavy is imported: a parent that dies meanwhile must not leave this process behind.
+        if PARENT_VARIABLE in os.environ:
+            die_with_parent(int(os.environ[PARENT_VARIABLE]))
         args = build_parser(os.environ).parse_args(argv)
         importlib.import_module(_COMMANDS[args.command]).run(args)
     except ChunkwiseError as error:

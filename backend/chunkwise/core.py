@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Literal
 
 
 class ChunkwiseError(Exception):
@@ -61,6 +62,14 @@ class KvFormat(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class Grammar:
+    """What an answer must match from beginning to end: a regular expression, or a JSON schema as text."""
+
+    kind: Literal["regex", "json"]
+    value: str
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. Defaults are the neutral values of generate.v3."""
 
@@ -73,7 +82,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0
     watermark: bool = False
-    grammar: str = ""
+    grammar: Grammar | None = None
 
     @property
     def samples(self) -> bool:
@@ -287,8 +296,8 @@ class KvUsage:
 
 @dataclass(frozen=True, slots=True)
 class ShardState:
-    """What a shard holds at this moment. ``reused_tokens`` counts, since the start, prompt tokens that were not computed
-    because an earlier request had computed them."""
+    """What a shard holds at this moment. ``reused_tokens`` counts, since the start, prompt tokens that were not
+    computed because an earlier request had computed them."""
 
     sequences: int = 0
     steered_requests: int = 0

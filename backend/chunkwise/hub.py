@@ -29,3 +29,8 @@ def locate(name: str, revision: str | None) -> Path:
             f"{name!r} is neither a directory nor available from the Hub ({type(error).__name__}); "
             "give an existing directory, or connect to the Hub"
         ) from error
+
+
+def hub_commit(directory: Path) -> str:
+    """The Hub commit that a downloaded snapshot is of; empty for any other directory."""
+    return directory.name if directory.parent.name == "snapshots" else ""

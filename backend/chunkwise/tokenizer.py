@@ -63,7 +63,8 @@ class Tokenizer:
     def encode(self, text: str, *, add_special_tokens: bool = True, truncate: int = 0) -> list[int]:
         """Token ids of ``text``; ``truncate`` keeps the last that many ids, special ones included (0: all), as a
         Hugging Face tokenizer with ``truncation_side="left"`` does."""
-        encoding = self._fast.encode(text, add_special_tokens=False)
+        # encode_batch, unlike encode, works without the interpreter lock, so other threads go on meanwhile.
+        (encoding,) = self._fast.encode_batch([text], add_special_tokens=False)
         if truncate:
             special = self._fast.num_special_tokens_to_add(is_pair=False) if add_special_tokens else 0
             keep = max(truncate - special, 0)
@@ -79,7 +80,7 @@ class Tokenizer:
 
     def offsets(self, text: str) -> list[tuple[int, str, int, int]]:
         """Id, text, start and end (in characters) of every token of ``text``."""
-        encoding = self._fast.encode(text)
+        (encoding,) = self._fast.encode_batch([text])
         return [
             (id, text[start:stop], start, stop)
             for id, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)

@@ -4,6 +4,7 @@ generate.v3's neutral value. Checking that a request can be served is not done h
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from chunkwise import core
 from chunkwise.pb import generate_pb2 as pb
@@ -11,6 +12,11 @@ from chunkwise.pb import steering_pb2 as steer_pb
 
 _KV_NAMES = {core.KvFormat.FULL: "full", core.KvFormat.INT8: "int8"}
 _KV_FORMATS = {name: kind for kind, name in _KV_NAMES.items()}
+_GRAMMAR_TYPES: dict[Literal["regex", "json"], pb.GrammarType.ValueType] = {
+    "json": pb.GRAMMAR_TYPE_JSON,
+    "regex": pb.GRAMMAR_TYPE_REGEX,
+}
+_GRAMMAR_KINDS = {number: kind for kind, number in _GRAMMAR_TYPES.items()}
 # A reason that this build does not know reads as the end of the sequence.
 _FINISH_REASONS = {int(reason): reason for reason in core.FinishReason}
 
@@ -19,6 +25,12 @@ def _text(request: pb.Request) -> str:
     """The prompt's text: text chunks joined; images are skipped, and without chunks `inputs` counts."""
     texts = [chunk.text for chunk in request.input_chunks.chunks if chunk.HasField("text")]
     return "".join(texts) if texts else request.inputs
+
+
+def _grammar_from_pb(parameters: pb.NextTokenChooserParameters) -> core.Grammar | None:
+    """An empty text is no grammar, and neither is one of no type or of a type that this build does not know."""
+    kind = _GRAMMAR_KINDS.get(parameters.grammar_type)
+    return core.Grammar(kind, parameters.grammar) if kind and parameters.grammar else None
 
 
 def request_from_pb(request: pb.Request) -> core.GenerationRequest:
@@ -37,7 +49,7 @@ def request_from_pb(request: pb.Request) -> core.GenerationRequest:
             repetition_penalty=p.repetition_penalty or 1.0,
             frequency_penalty=p.frequency_penalty,
             watermark=p.watermark,
-            grammar=p.grammar if p.grammar_type != pb.GRAMMAR_TYPE_NONE else "",
+            grammar=_grammar_from_pb(p),
         ),
         stopping=core.StoppingParams(s.max_new_tokens, tuple(s.stop_sequences), s.ignore_eos_token),
         prompt_ids=tuple(request.prompt_ids) or None,
@@ -68,8 +80,8 @@ def request_to_pb(request: core.GenerationRequest) -> pb.Request:
             repetition_penalty=p.repetition_penalty,
             frequency_penalty=p.frequency_penalty,
             watermark=p.watermark,
-            grammar=p.grammar,
-            grammar_type=pb.GRAMMAR_TYPE_REGEX if p.grammar else pb.GRAMMAR_TYPE_NONE,
+            grammar=p.grammar.value if p.grammar else "",
+            grammar_type=_GRAMMAR_TYPES[p.grammar.kind] if p.grammar else pb.GRAMMAR_TYPE_NONE,
         ),
         stopping_parameters=pb.StoppingCriteriaParameters(
             max_new_tokens=s.max_new_tokens, stop_sequences=s.stop_sequences, ignore_eos_token=s.ignore_eos

@@ -59,9 +59,12 @@ POLICIES = st.builds(
         st.floats(1.0, 100.0),
     ),
     rank=st.builds(
-        lambda low, more, exponent, window: RankPolicy(low, None if more is None else low + more, exponent, window),
+        lambda low, more, skip, exponent, window: RankPolicy(
+            low, None if more is None else low + more, skip, exponent, window
+        ),
         st.integers(1, 64),
         st.none() | st.integers(0, 64),
+        st.floats(0.0, 1.0),
         st.floats(0.0, 1.0),
         st.integers(0, 16),
     ),

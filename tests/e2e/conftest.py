@@ -93,7 +93,7 @@ def running(tiny: TinyWorld, log: Path, *flags: str) -> Iterator[Server]:
 
 
 def _env() -> dict[str, str]:
-    return {k: v for k, v in os.environ.items() if k not in ("PORT", "MODEL_ID", "LORA_ADAPTERS", "HOSTNAME")}
+    return {k: v for k, v in os.environ.items() if k not in ("PORT", "MODEL_ID", "LORA_ADAPTERS")}
 
 
 def _ready_url(process: subprocess.Popen[str], log: Path) -> str:

@@ -6,11 +6,13 @@ import asyncio
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,8 +21,10 @@ import grpc
 import pytest
 
 from chunkwise import wire
+from chunkwise.core import Grammar, SamplingParams, StoppingParams
 from chunkwise.pb import generate_pb2 as pb
 from chunkwise.pb import generate_pb2_grpc as pb_grpc
+from chunkwise.shard.watermark import Watermark
 from conftest import TinyWorld
 from e2e.conftest import Server, alive, running, wait_for
 from serving import Driver, request
@@ -161,6 +165,87 @@ def test_text_generation_client(two_shards: Server) -> None:
         return (await AsyncClient(two_shards.url, timeout=60).generate(TEXT, max_new_tokens=6)).generated_text
 
     assert asyncio.run(ask()) == answer.generated_text
+
+
+PATTERN = "(yes|no|漢), [0-9]{3}"
+
+
+def test_answers_under_grammars_and_bad_grammars_beside_them(two_shards: Server, tiny: TinyWorld) -> None:
+    """On two ranks, all at once: the shards agree on every token and on every refusal."""
+    schema = {"properties": {"ok": {"type": "boolean"}, "n": {"type": "integer", "minimum": 0, "maximum": 9}}}
+    schema["required"] = ["ok", "n"]
+    grammars = {
+        "regex": {"type": "regex", "value": PATTERN},
+        "json": {"type": "json", "value": schema | {"additionalProperties": False}},
+        "none": None,
+        "malformed": {"type": "regex", "value": "("},
+        "growing": {"type": "regex", "value": r"([a-z]{1,1000}){1,1000}"},
+    }
+    answers: dict[str, Any] = {}
+
+    def ask(name: str) -> None:
+        parameters = {"max_new_tokens": 200, "grammar": grammars[name], "watermark": name == "regex"}
+        answers[name] = two_shards.post("/generate", {"inputs": TEXT, "parameters": parameters})
+
+    threads = [threading.Thread(target=ask, args=(name,)) for name in grammars]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert {name: status for name, (status, _) in answers.items()} == {
+        "regex": 200,
+        "json": 200,
+        "none": 200,
+        "malformed": 422,
+        "growing": 422,
+    }
+    assert re.fullmatch(PATTERN, answers["regex"][1]["generated_text"])
+    value = json.loads(answers["json"][1]["generated_text"])
+    assert value["ok"] in (True, False)
+    assert value["n"] in range(10)
+    assert "unclosed group" in answers["malformed"][1]["error"]
+    assert "too many" in answers["growing"][1]["error"]
+    driver = Driver(tiny.model)
+    sampling = SamplingParams(grammar=Grammar("regex", PATTERN), watermark=True)
+    driver.run(request(0, TEXT, sampling=sampling, stopping=StoppingParams(200)))
+    assert driver.texts[0] == answers["regex"][1]["generated_text"]
+
+
+def test_a_grammar_that_fails_in_a_stream_ends_it_with_an_event(two_shards: Server) -> None:
+    grammar = {"type": "regex", "value": r"([a-z]{1,1000}){1,1000}"}
+    events = _events(two_shards, {"inputs": TEXT, "parameters": {"max_new_tokens": 200, "grammar": grammar}})
+    assert len(events) > 10
+    assert events[-1]["error_type"] == "validation"
+
+
+def test_flags_of_watermark_and_grammars(tiny: TinyWorld, tmp_path: Path) -> None:
+    flags = ("--watermark-gamma=0.2", "--watermark-delta=1000", "--disable-grammar-support", "--no-steering")
+    with running(tiny, tmp_path / "log", *flags) as server:
+        ids = _ids(server.generate(TEXT, max_new_tokens=20, watermark=True, details=True))
+        refused = {"inputs": "x", "parameters": {"grammar": {"type": "regex", "value": "a"}}}
+        status, answer = server.post("/generate", refused)
+    green = Watermark(0.2, 1000.0)
+    assert all(id in green.greenlist(previous, 259) for previous, id in pairwise(ids))
+    assert status == 422
+    assert "`grammar` is not supported by this server" in answer["error"]
+
+
+def test_a_repeated_prompt_is_reused_on_every_shard(two_shards: Server) -> None:
+    text = "a prompt that nobody else in these tests sends, longer than a page"
+    answers, reused = [], []
+    for _ in range(2):
+        answers.append(two_shards.generate(text, max_new_tokens=4, adapter_id="a8", details=True))
+        reused.append(two_shards.metric("chunkwise_prefix_reused_tokens"))
+    assert _ids(answers[0]) == _ids(answers[1])
+    assert [reused[1][shard] - reused[0][shard] for shard in reused[0]] == [64, 64]
+
+
+def test_prompt_logprobs_reach_the_client(tiny: TinyWorld, tmp_path: Path) -> None:
+    with running(tiny, tmp_path / "log", "--enable-prefill-logprobs") as server:
+        prefill = server.generate(TEXT, max_new_tokens=2, decoder_input_details=True)["details"]["prefill"]
+        assert [token["text"] for token in prefill] == list(TEXT)
+        assert prefill[0]["logprob"] is None
+        assert all(token["logprob"] < 0 for token in prefill[1:])
 
 
 def test_info_health_and_metrics(two_shards: Server) -> None:

@@ -13,7 +13,6 @@ from chunkwise.core import (
     GenerationFailed,
     GenerationRequest,
     InvalidRequest,
-    Overloaded,
     RequestError,
     StepSignals,
 )
@@ -259,16 +258,13 @@ async def test_a_lost_shard_ends_the_loop_and_every_request(model_dir: Path) -> 
             serving.loop.submit(request())
 
 
-async def test_the_number_in_flight_is_limited(model_dir: Path) -> None:
-    shards = FakeShards()
-    async with routing(shards, model_dir, limits=Limits(max_concurrent_requests=2)) as serving:
-        answers = [serving.loop.submit(request()) for _ in range(2)]
-        with pytest.raises(Overloaded, match="2 requests are in flight, the limit is 2"):
+async def test_a_closing_loop_refuses_new_requests_and_finishes_the_others(model_dir: Path) -> None:
+    async with routing(FakeShards(), model_dir) as serving:
+        answer = serving.loop.submit(request())
+        serving.loop.close()
+        with pytest.raises(ServingStopped, match="shutting down"):
             serving.loop.submit(request())
-        answers[0].cancel()
-        answers.append(serving.loop.submit(request()))
-        for answer in answers[1:]:
-            await events(answer)
+        assert (await events(answer))[-1].ending is not None
 
 
 async def test_stopping_ends_what_is_in_flight(model_dir: Path) -> None:

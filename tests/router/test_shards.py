@@ -246,7 +246,7 @@ async def test_shards_that_differ_are_refused(tmp_path: Path) -> None:
         assert (await shards.info()).adapters == ADAPTERS
         info = ranks[1].shards.shard_info
         ranks[1].shards.shard_info = ShardInfo(info.dtype, "cpu", info.page_size, 256, info.model_sha, ADAPTERS[:1])
-        with pytest.raises(UnsupportedModel, match=r"s-1 serves other weights, adapters"):
+        with pytest.raises(UnsupportedModel, match=r"s-1 serves another model revision, data type"):
             await shards.info()
 
 

@@ -31,29 +31,33 @@ def test_state_depends_on_the_barriers_alone(steps: list[int], data: st.DataObje
     before it is needed. After every barrier they hold the same decisions."""
     barriers = sorted(steps)
     early, late = DecisionTable(), DecisionTable()
+    early_session, late_session = early.start_session(), late.start_session()
     updates = _updates(12)
     for update in updates:
-        early.receive(update)
+        early.receive(early_session, update)
     sent = 0
     for barrier in barriers:
         upto = data.draw(st.integers(max(barrier, sent), 12))
         for update in updates[sent:upto]:
-            late.receive(update)
+            late.receive(late_session, update)
         sent = upto
-        assert early.apply(barrier) == late.apply(barrier)
+        early.apply(barrier)
+        late.apply(barrier)
         for request_id in range(3):
-            assert list(early.chunks(request_id)) == list(late.chunks(request_id))
+            chunks = list(early.take_chunks(request_id))
+            assert chunks == list(late.take_chunks(request_id))
+            assert all(chunk.rung is not None and chunk.rung <= barrier for chunk in chunks)
             assert list(early.take_kv(request_id)) == list(late.take_kv(request_id))
-            assert all(chunk.rung is not None and chunk.rung <= barrier for chunk in early.chunks(request_id))
         assert len(early) == len(late)
 
 
 def test_apply_waits_for_an_update_under_way() -> None:
     table = DecisionTable(timeout_seconds=5.0)
     update = SteeringUpdate(1, chunks=(ChunkDecision(1, 0, rung=2),))
-    timer = threading.Timer(0.05, table.receive, [update])
+    timer = threading.Timer(0.05, table.receive, [table.start_session(), update])
     timer.start()
-    assert table.apply(1) == update.chunks
+    table.apply(1)
+    assert tuple(table.take_chunks(1)) == update.chunks
     timer.join()
 
 
@@ -67,17 +71,20 @@ def test_apply_gives_up_with_a_remedy() -> None:
 @pytest.mark.parametrize("seq", [0, 2, 7])
 def test_a_gap_or_repetition_is_refused(seq: int) -> None:
     with pytest.raises(SteeringViolation, match="without gaps"):
-        DecisionTable().receive(SteeringUpdate(seq))
+        table = DecisionTable()
+        table.receive(table.start_session(), SteeringUpdate(seq))
 
 
 def test_release_and_a_new_session_forget() -> None:
     table = DecisionTable()
-    table.receive(SteeringUpdate(1, chunks=(ChunkDecision(1, 0), ChunkDecision(2, 0))))
-    table.receive(SteeringUpdate(2, released=(1,)))
+    session = table.start_session()
+    table.receive(session, SteeringUpdate(1, chunks=(ChunkDecision(1, 0), ChunkDecision(2, 0))))
+    table.receive(session, SteeringUpdate(2, released=(1,)))
     table.apply(2)
-    assert not table.chunks(1)
+    assert not table.take_chunks(1)
     assert len(table) == 1
-    table.start_session()
+    table.receive(table.start_session(), SteeringUpdate(1))
     assert len(table) == 0
-    table.receive(SteeringUpdate(1))
     table.apply(1)
+    with pytest.raises(SteeringViolation, match="another Steer stream"):
+        table.receive(session, SteeringUpdate(3))

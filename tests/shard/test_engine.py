@@ -18,11 +18,13 @@ from chunkwise.core import (
     ChunkDecision,
     FinishReason,
     GenerationFailed,
+    Grammar,
     InvalidRequest,
     KvDecision,
     KvFormat,
     SamplingParams,
     SteeringUpdate,
+    SteeringViolation,
     StoppingParams,
 )
 from conftest import TinyWorld
@@ -39,7 +41,7 @@ def driver(tiny: TinyWorld) -> Driver:
 @pytest.fixture(autouse=True)
 def _nothing_is_left(driver: Driver):
     """After every test the shard holds nothing."""
-    driver.decisions.start_session()
+    driver.restart_steering()
     driver.tokens.clear()
     driver.texts.clear()
     driver.errors.clear()
@@ -128,7 +130,7 @@ def test_bad_requests_end_alone(driver: Driver) -> None:
         request(4, new=0),
         request(5, prompt_ids=(5, 9999)),
         request(6, ""),
-        request(7, sampling=SamplingParams(grammar="[a-z]+")),
+        request(7, sampling=SamplingParams(grammar=Grammar("regex", "("))),
         request(8, new=2**31),
     ]
     got = driver.run(*bad[:3], request(1, adapter_id="a4"), *bad[3:])
@@ -138,6 +140,7 @@ def test_bad_requests_end_alone(driver: Driver) -> None:
     assert "['a16', 'a4', 'a8']" in driver.errors[2]
     assert "2000" in driver.errors[3]
     assert "9999" in driver.errors[5]
+    assert "unclosed group" in driver.errors[7]
 
 
 def test_an_error_is_an_ordinary_end_for_a_peer_that_ignores_it(driver: Driver) -> None:
@@ -250,7 +253,7 @@ def test_decisions_change_the_answer_and_rung_full_does_not(driver: Driver) -> N
         SteeringUpdate(3, chunks=(ChunkDecision(5, 0, rung=1), ChunkDecision(5, 24, rung=8, crossfade=4))),
     ]
     for update in updates:
-        driver.decisions.receive(update)
+        driver.steer(update)
     got = driver.run(*(request(id, adapter_id="a16", new=16) for id in (3, 4, 5)), seq=3)
     assert got[3] == full
     assert got[4] == base
@@ -261,8 +264,8 @@ def test_decisions_change_the_answer_and_rung_full_does_not(driver: Driver) -> N
 def test_a_late_decision_and_an_unknown_rung_end_their_request_alone(driver: Driver) -> None:
     full = driver.run(request(1, adapter_id="a4"))[1]
     driver.tokens.clear()
-    driver.decisions.receive(SteeringUpdate(1, chunks=(ChunkDecision(3, 0, rung=7),)))
-    driver.decisions.receive(SteeringUpdate(2, chunks=(ChunkDecision(2, 5, rung=1),)))
+    driver.steer(SteeringUpdate(1, chunks=(ChunkDecision(3, 0, rung=7),)))
+    driver.steer(SteeringUpdate(2, chunks=(ChunkDecision(2, 5, rung=1),)))
     batch = driver.prefill([request(id, adapter_id="a4") for id in (1, 2, 3)], seq=1).batch
     assert "rung 7" in driver.errors[3]
     while batch is not None:
@@ -276,8 +279,8 @@ def test_kv_decisions_return_pages_and_keep_the_answer_close(driver: Driver) -> 
     plain = driver.run(request(1, text, new=10))[1]
     batch = driver.prefill([request(2, text, new=10)]).batch
     before = {usage.format: usage for usage in driver.engine.state().kv}
-    driver.decisions.receive(SteeringUpdate(1, kv=(KvDecision(2, 16, 70, KvFormat.INT8),)))
-    driver.decisions.receive(SteeringUpdate(2, kv=(KvDecision(2, 70, 128, KvFormat.INT8),)))
+    driver.steer(SteeringUpdate(1, kv=(KvDecision(2, 16, 70, KvFormat.INT8),)))
+    driver.steer(SteeringUpdate(2, kv=(KvDecision(2, 70, 128, KvFormat.INT8),)))
     batch = driver.decode(batch, seq=1).batch
     first = {usage.format: usage for usage in driver.engine.state().kv}
     assert first[KvFormat.INT8].pages == 3
@@ -295,7 +298,7 @@ def test_kv_decisions_return_pages_and_keep_the_answer_close(driver: Driver) -> 
 def test_a_missing_update_fails_the_step_and_not_the_server(driver: Driver) -> None:
     with pytest.raises(GenerationFailed, match="did not arrive"):
         driver.prefill([request(1)], seq=1)
-    driver.decisions.receive(SteeringUpdate(1))
+    driver.steer(SteeringUpdate(1))
     assert driver.prefill([request(1, new=1)], seq=1).batch is None
 
 
@@ -353,7 +356,7 @@ def test_pages_computed_under_other_ranks_are_not_reused(driver: Driver) -> None
     }
     reused = []
     for id, chunks in plan.items():
-        driver.decisions.receive(SteeringUpdate(id, chunks=chunks))
+        driver.steer(SteeringUpdate(id, chunks=chunks))
         before = _reused(driver)
         driver.run(request(id, text, adapter_id="a8"), seq=id)
         reused.append(_reused(driver) - before)
@@ -363,7 +366,7 @@ def test_pages_computed_under_other_ranks_are_not_reused(driver: Driver) -> None
 def test_compressed_pages_and_what_follows_them_are_not_offered(driver: Driver) -> None:
     text = "compression changes what later tokens see, so it ends sharing here."
     batch = driver.prefill([request(1, text, new=40)]).batch
-    driver.decisions.receive(SteeringUpdate(1, kv=(KvDecision(1, 0, 48, KvFormat.INT8),)))
+    driver.steer(SteeringUpdate(1, kv=(KvDecision(1, 0, 48, KvFormat.INT8),)))
     while batch is not None:
         batch = driver.decode(batch, seq=1).batch
     prompt = driver.engine._tokenizer.encode(text)
@@ -407,3 +410,50 @@ def test_prompt_logprobs_equal_transformers_whole_and_in_pieces(tiny: TinyWorld)
 def test_prompt_logprobs_are_ignored_unless_the_server_enables_them(driver: Driver) -> None:
     (generation,) = driver.prefill([request(1, prefill_logprobs=True, new=1)]).generations
     assert generation.prefill_tokens == ()
+
+
+def test_overlapping_kv_decisions_end_their_request_alone(driver: Driver) -> None:
+    text = "pages must not be compressed twice, whatever a router may send down its stream"
+    batch = driver.prefill([request(1, text), request(2, text)]).batch
+    kv = (KvDecision(2, 0, 32, KvFormat.INT8), KvDecision(2, 16, 48, KvFormat.INT8))
+    driver.steer(SteeringUpdate(1, kv=kv))
+    while batch is not None:
+        batch = driver.decode(batch, seq=1).batch
+    assert "without overlap" in driver.errors[2]
+    assert len(driver.tokens[1]) == 8
+
+
+def test_a_new_steering_session_leaves_live_requests_as_they_are(driver: Driver) -> None:
+    """A router that reconnects must not change, half-way, what a running request computes."""
+    base = driver.run(request(1, new=12))[1]
+    driver.steer(SteeringUpdate(1, chunks=(ChunkDecision(2, 0, rung=0),)))
+    batch = driver.prefill([request(2, new=12, adapter_id="a16")], seq=1).batch
+    stale = driver._session
+    driver.restart_steering()
+    with pytest.raises(SteeringViolation, match="another Steer stream"):
+        driver.decisions.receive(stale, SteeringUpdate(1))
+    while batch is not None:
+        batch = driver.decode(batch).batch
+    assert driver.tokens[2] == base
+
+
+def test_a_missing_update_does_not_keep_clear_cache_from_clearing(driver: Driver) -> None:
+    driver.prefill([request(1)])
+    with pytest.raises(GenerationFailed, match="did not arrive"):
+        driver.engine.clear_cache(None, 5)
+    assert driver.engine.state().sequences == 0
+
+
+def test_a_batch_id_in_use_is_refused(driver: Driver) -> None:
+    driver.engine.prefill(900, [request(1)], None, 0, 0)
+    with pytest.raises(InvalidRequest, match="900 is cached already"):
+        driver.engine.prefill(900, [request(2)], None, 0, 0)
+    assert driver.engine.state().sequences == 1
+    driver.engine.clear_cache(900)
+
+
+def test_a_long_sequence_beside_short_ones_changes_nothing(driver: Driver) -> None:
+    wanted = [request(i, "x" * n, new=6) for i, n in enumerate((3, 300, 20, 150, 70))]
+    alone = {r.id: driver.run(r)[r.id] for r in wanted}
+    driver.tokens.clear()
+    assert driver.run(*wanted) == alone

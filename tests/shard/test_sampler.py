@@ -15,10 +15,14 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    WatermarkLogitsProcessor,
 )
 
-from chunkwise.core import SamplingParams
+from chunkwise.core import Grammar, SamplingParams
+from chunkwise.shard.grammar import GrammarCompiler
 from chunkwise.shard.sampler import TokenChooser, normalized_entropy
+from chunkwise.shard.watermark import Watermark
+from tiny import make_tokenizer
 
 PROMPT = [3, 5, 5, 9]
 
@@ -34,15 +38,17 @@ def _scores(seed: int, size: int = 50) -> Tensor:
     top_p=st.sampled_from([0.1, 0.8, 1.0]),
     typical_p=st.sampled_from([0.2, 0.9, 1.0]),
     penalty=st.sampled_from([0.7, 1.0, 1.3]),
+    watermark=st.booleans(),
 )
 def test_processed_scores_equal_transformers(
-    seed: int, temperature: float, top_k: int, top_p: float, typical_p: float, penalty: float
+    seed: int, temperature: float, top_k: int, top_p: float, typical_p: float, penalty: float, watermark: bool
 ) -> None:
     params = SamplingParams(temperature, top_k, top_p, typical_p, do_sample=True, repetition_penalty=penalty)
     logits = _scores(seed)
-    _, log_p = TokenChooser(params, PROMPT).choose(logits)
+    _, log_p = TokenChooser(params, PROMPT, watermark=Watermark(0.4, 1.5) if watermark else None).choose(logits)
     expected, ids = logits[None].clone(), torch.tensor([PROMPT])
     chain = [
+        (watermark, lambda: WatermarkLogitsProcessor(50, "cpu", greenlist_ratio=0.4, bias=1.5)),
         (penalty != 1.0, lambda: RepetitionPenaltyLogitsProcessor(penalty)),
         (temperature != 1.0, lambda: TemperatureLogitsWarper(temperature)),
         (top_k > 0, lambda: TopKLogitsWarper(top_k)),
@@ -66,10 +72,73 @@ def test_frequency_penalty_counts_prompt_and_output_relative_to_their_number() -
     assert (log_p[7] - log_p[0]).item() == pytest.approx(5.0 - 0.5 * 1 / 5)
 
 
+@pytest.fixture(scope="module")
+def grammars(tmp_path_factory: pytest.TempPathFactory) -> GrammarCompiler:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    make_tokenizer(directory)
+    return GrammarCompiler(directory, {257})
+
+
+LETTER_A = ord("a") - ord("!")
+
+
+@given(
+    seed=st.integers(0, 1000),
+    params=st.builds(
+        SamplingParams,
+        temperature=st.sampled_from([0.3, 1.0, 1.7]),
+        top_k=st.sampled_from([0, 1, 5, 10, 26]),
+        top_p=st.sampled_from([0.1, 0.8, 1.0]),
+        typical_p=st.sampled_from([0.2, 0.9, 1.0]),
+        do_sample=st.booleans(),
+        repetition_penalty=st.sampled_from([1.0, 1.3]),
+        frequency_penalty=st.sampled_from([0.0, 0.7]),
+    ),
+    marked=st.booleans(),
+)
+def test_a_grammar_acts_after_the_penalties_and_before_the_warpers(
+    grammars: GrammarCompiler, seed: int, params: SamplingParams, marked: bool
+) -> None:
+    """The warpers see a vocabulary of the allowed tokens: the result is that of a chooser which knows no others."""
+    logits = _scores(seed, 259)
+    watermark = Watermark() if marked else None
+    prompt = [LETTER_A, LETTER_A, 3]
+    grammar = grammars.compile(Grammar("regex", "[a-z]"))
+    id, log_p = TokenChooser(params, prompt, grammar, watermark).choose(logits)
+    letters = slice(LETTER_A, LETTER_A + 26)
+    assert LETTER_A <= id < LETTER_A + 26
+    assert torch.isfinite(log_p).sum() == torch.isfinite(log_p[letters]).sum() > 0
+    # Greedy parameters without warpers leave the scores as watermark and penalties made them.
+    plain = SamplingParams(repetition_penalty=params.repetition_penalty, frequency_penalty=params.frequency_penalty)
+    _, processed = TokenChooser(plain, prompt, watermark=watermark).choose(logits)
+    warpers = SamplingParams(params.temperature, params.top_k, params.top_p, params.typical_p, params.do_sample)
+    _, expected = TokenChooser(warpers, []).choose(processed[letters])
+    torch.testing.assert_close(log_p[letters], expected)
+
+
+def test_a_grammar_follows_what_is_chosen(grammars: GrammarCompiler) -> None:
+    logits = torch.arange(259.0)
+    chooser = TokenChooser(SamplingParams(), [1], grammars.compile(Grammar("regex", "(ab|b)c")))
+    ids = [chooser.choose(logits)[0] for _ in range(3)]
+    assert ids == [LETTER_A + 1, LETTER_A + 2, 257]
+
+
+def test_the_watermark_follows_what_is_chosen() -> None:
+    """With a delta that outweighs everything, each token is green after the one before it, first after the prompt."""
+    watermark = Watermark(0.1, 1000.0)
+    chooser = TokenChooser(SamplingParams(do_sample=True, seed=1), PROMPT, watermark=watermark)
+    previous = PROMPT[-1]
+    for seed in range(20):
+        id, _ = chooser.choose(_scores(seed, 200))
+        assert id in watermark.greenlist(previous, 200)
+        previous = id
+
+
 def test_greedy_is_argmax_and_leaves_the_logits_alone() -> None:
     logits = _scores(1)
     before = logits.clone()
-    id, log_p = TokenChooser(SamplingParams(repetition_penalty=1.2), PROMPT).choose(logits)
+    chooser = TokenChooser(SamplingParams(repetition_penalty=1.2), PROMPT, watermark=Watermark())
+    id, log_p = chooser.choose(logits)
     assert torch.equal(logits, before)
     assert id == int(log_p.argmax())
 

@@ -104,3 +104,11 @@ def test_scale_is_exactly_one_at_exponent_zero_and_where_nothing_is_kept() -> No
 def test_malformed_rungs_are_refused(malformed: AdapterInfo) -> None:
     with pytest.raises(ValueError, match="at least one rung"):
         RankSelector(RankPolicy(), malformed)
+
+
+def test_below_skip_below_the_adapter_is_skipped_where_its_ladder_allows() -> None:
+    info = AdapterInfo("a", "hash", 8, (0, 2, 8), (0.0, 0.6, 1.0), (0.0, 2.0, 8.0))
+    selector = RankSelector(RankPolicy(min_rank=2, skip_below=0.3), info)
+    assert [selector.select(c).rung for c in (0.0, 0.29, 0.3, 1.0)] == [0, 0, 8, 8]
+    without = AdapterInfo("a", "hash", 8, (2, 8), (0.6, 1.0), (2.0, 8.0))
+    assert RankSelector(RankPolicy(skip_below=0.3), without).select(0.0).rung == 2

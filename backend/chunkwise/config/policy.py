@@ -94,12 +94,13 @@ class ChunkerPolicy:
 @dataclass(frozen=True, slots=True)
 class RankPolicy:
     """Complexity to rung and scale. The wanted rank runs geometrically from ``min_rank`` at complexity 0 to
-    ``max_rank`` (None: the trained rank) at 1 and is rounded up to a rung; ``energy_exponent`` makes up for dropped
-    energy in the scale (0: scale 1); ``crossfade`` is the window in tokens, cut to ``chunker.min_length`` so that it
-    ends within its chunk."""
+    ``max_rank`` (None: the trained rank) at 1 and is rounded up to a rung; below the complexity ``skip_below`` the
+    adapter is skipped (rung 0); ``energy_exponent`` makes up for dropped energy in the scale (0: scale 1);
+    ``crossfade`` is the window in tokens, cut to ``chunker.min_length`` so that it ends within its chunk."""
 
     min_rank: int = 2
     max_rank: int | None = None
+    skip_below: float = 0.0
     energy_exponent: float = 0.0
     crossfade: int = 4
 
@@ -109,6 +110,7 @@ class RankPolicy:
             self.max_rank is None or self.max_rank >= self.min_rank,
             f"rank.max_rank is {self.max_rank}; it must be at least min_rank, {self.min_rank}",
         )
+        _require(0.0 <= self.skip_below <= 1.0, f"rank.skip_below is {self.skip_below}; it must lie in [0, 1]")
         _require(0.0 <= self.energy_exponent <= 1.0, f"rank.energy_exponent is {self.energy_exponent}; use [0, 1]")
         _require(self.crossfade >= 0, f"rank.crossfade is {self.crossfade}; it must be at least 0")
 

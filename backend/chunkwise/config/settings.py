@@ -31,7 +31,8 @@ class Limits:
     max_batch_prefill_tokens: int = 4096
     max_batch_size: int | None = None
     max_client_batch_size: int = 4
-    payload_bytes: int = 2_000_000
+    payload_limit: int = 2_000_000
+    disable_grammar_support: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +65,23 @@ class RouterSettings:
 
 
 @dataclass(frozen=True, slots=True)
+class FrontSettings:
+    """Everything the generate.v3 door of a router needs.
+
+    ``listen`` is the address to serve a TGI router on ("unix://path" or "host:port"); an adapter id equal to
+    ``model_id``, or to its last part, means the base model. ``policy`` None serves plain full-rank LoRA.
+    """
+
+    model_id: str
+    model_dir: Path
+    listen: str
+    shard_urls: tuple[str, ...]
+    policy: SteeringPolicy | None = field(default_factory=SteeringPolicy)
+    startup_seconds: float = 600.0
+    log: LogSettings = field(default_factory=LogSettings)
+
+
+@dataclass(frozen=True, slots=True)
 class ParallelSettings:
     """Place of this process in the tensor-parallel group (the environment of torchrun)."""
 
@@ -71,6 +89,14 @@ class ParallelSettings:
     world_size: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = 29500
+
+
+@dataclass(frozen=True, slots=True)
+class WatermarkSettings:
+    """Requests with a watermark raise the scores of a share ``gamma`` of the vocabulary by ``delta``; TGI's values."""
+
+    gamma: float = 0.5
+    delta: float = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,16 +108,16 @@ class ShardSettings:
     """
 
     model_id: str
-    model_dir: Path
     urls: tuple[str, ...]
+    revision: str | None = None
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     dtype: str | None = None
     adapters: tuple[AdapterSource, ...] = ()
     max_batch_total_tokens: int | None = None
     prefix_caching: bool = True
     prefill_logprobs: bool = False
+    watermark: WatermarkSettings = field(default_factory=WatermarkSettings)
     threads: int | None = None
-    model_sha: str = ""
     log: LogSettings = field(default_factory=LogSettings)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +14,8 @@ from chunkwise.core import KvFormat, KvUsage
 from chunkwise.kv.formats import dequantize_keys, dequantize_values, quantize_keys, quantize_values
 from chunkwise.kv.pages import PageAllocator, PageRef
 from chunkwise.kv.prefix import PrefixCache
+
+_POOL_SHARES = {KvFormat.FULL: 0.75, KvFormat.INT8: 0.25}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,12 +65,20 @@ def plan_gather(pages: Sequence[PageRef], device: torch.device) -> GatherPlan:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Zeros that on CPU cost no resident memory until they are written (calloc), so a pool may be as large as the whole
-    budget and only touched pages count."""
+    """Zeros that on CPU cost no resident memory until they are written, so a pool may be as large as the whole budget
+    and only touched pages count; without huge pages, of which one holds many of ours."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    bytes_needed = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(bytes_needed, dtype=np.uint8)).view(dtype).view(shape)
+    memory = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1))
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+
+def _capacities(page_bytes: dict[KvFormat, int], budget_bytes: int, device: torch.device) -> dict[KvFormat, int]:
+    """Pages of each pool. On CPU each pool may take the whole budget, since untouched pages cost nothing; elsewhere a
+    pool takes its memory at once, so the budget is divided."""
+    shares = {KvFormat.FULL: 1.0, KvFormat.INT8: 1.0} if device.type == "cpu" else _POOL_SHARES
+    return {kind: int(budget_bytes * shares[kind]) // size for kind, size in page_bytes.items()}
 
 
 class KvCache:
@@ -77,10 +88,12 @@ class KvCache:
         self.shape = shape
         self.dtype = dtype
         self.device = device
-        self.allocator = PageAllocator(shape.page_bytes(dtype), budget_bytes)
+        page_bytes = shape.page_bytes(dtype)
+        capacities = _capacities(page_bytes, budget_bytes, device)
+        self.allocator = PageAllocator(page_bytes, budget_bytes, capacities)
         self.prefix = PrefixCache(self.allocator)
         page = (shape.page_size, shape.heads, shape.head_dim)
-        full, int8 = (self.allocator.capacity(kind) + 1 for kind in (KvFormat.FULL, KvFormat.INT8))
+        full, int8 = capacities[KvFormat.FULL] + 1, capacities[KvFormat.INT8] + 1
         self._keys = _zeros((shape.layers, full, *page), dtype, device)
         self._values = _zeros((shape.layers, full, *page), dtype, device)
         self._keys_q = _zeros((shape.layers, int8, *page), torch.int8, device)

@@ -30,11 +30,18 @@ class PageAllocator:
     Args:
         page_bytes: bytes of one page per format, over all layers of this shard.
         budget_bytes: the most that all pages together may take.
+        capacities: the most pages of each format (None: the budget alone counts).
     """
 
-    def __init__(self, page_bytes: Mapping[KvFormat, int], budget_bytes: int) -> None:
+    def __init__(
+        self,
+        page_bytes: Mapping[KvFormat, int],
+        budget_bytes: int,
+        capacities: Mapping[KvFormat, int] | None = None,
+    ) -> None:
         self.page_bytes = dict(page_bytes)
         self.budget_bytes = budget_bytes
+        self._capacities = capacities or {kind: budget_bytes // size for kind, size in page_bytes.items()}
         self.bytes_held = 0
         self._holders: dict[KvFormat, dict[int, int]] = {kind: {} for kind in page_bytes}
         self._returned: dict[KvFormat, list[int]] = {kind: [] for kind in page_bytes}
@@ -42,13 +49,10 @@ class PageAllocator:
         self._kept: set[PageRef] = set()
         self._idle: dict[KvFormat, int] = dict.fromkeys(page_bytes, 0)
 
-    def capacity(self, kind: KvFormat) -> int:
-        """Pages of this format that would fit the whole budget."""
-        return self.budget_bytes // self.page_bytes[kind]
-
     def free(self, kind: KvFormat) -> int:
-        """Pages of this format that still fit the budget."""
-        return (self.budget_bytes - self.bytes_held) // self.page_bytes[kind]
+        """Pages of this format that can still be allocated."""
+        fitting = (self.budget_bytes - self.bytes_held) // self.page_bytes[kind]
+        return min(fitting, self._capacities[kind] - len(self._holders[kind]))
 
     def pages(self, kind: KvFormat) -> int:
         """Pages of this format that a sequence holds."""

@@ -21,9 +21,19 @@ from chunkwise.launcher.supervisor import Supervisor
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
+# The router is on this machine: a proxy from the environment must not come between.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # Flags that each kind of child takes as the launcher got them.
 _SHARED = ("json_output", "log_level")
-_SHARD_FLAGS = (*_SHARED, "dtype", "max_batch_total_tokens", "enable_prefill_logprobs", "disable_prefix_caching")
+_SHARD_FLAGS = (
+    *_SHARED,
+    "dtype",
+    "max_batch_total_tokens",
+    "enable_prefill_logprobs",
+    "disable_prefix_caching",
+    "watermark_gamma",
+    "watermark_delta",
+)
 _ROUTER_FLAGS = (
     *_SHARED,
     "hostname",
@@ -37,7 +47,9 @@ _ROUTER_FLAGS = (
     "max_best_of",
     "max_stop_sequences",
     "max_top_n_tokens",
+    "max_client_batch_size",
     "payload_limit",
+    "disable_grammar_support",
 )
 
 
@@ -59,16 +71,26 @@ def _free_port() -> int:
 
 
 def _resolve_adapters(sources: Sequence[AdapterSource]) -> str:
-    return ",".join(f"{source.name}={locate(source.source, source.revision)}" for source in sources)
+    return json.dumps({source.name: str(locate(source.source, source.revision)) for source in sources})
 
 
-def _curl(url: str, adapters: Sequence[AdapterSource]) -> str:
+def _curl(url: str, adapters: Sequence[AdapterSource], *, key: bool) -> str:
     prompt = "Context: The tower is 330 metres tall and stands in Paris.\nQuestion: How tall is the tower?\nAnswer:"
     parameters: dict[str, object] = {"max_new_tokens": 32}
     if adapters:
         parameters["adapter_id"] = adapters[0].name
     body = json.dumps({"inputs": prompt, "parameters": parameters})
-    return f"curl {url}/generate_stream -H 'content-type: application/json' -d '{body}'"
+    authorization = " -H 'authorization: Bearer YOUR_KEY'" if key else ""
+    return f"curl {url}/generate_stream -H 'content-type: application/json'{authorization} -d '{body}'"
+
+
+def _reachable(hostname: str) -> str:
+    """The address under which this machine reaches a server that listens on ``hostname``."""
+    try:
+        socket.getaddrinfo(hostname, None)
+    except socket.gaierror:
+        return "127.0.0.1"
+    return "127.0.0.1" if hostname in ("0.0.0.0", "::") else hostname
 
 
 def _await(supervisor: Supervisor, ready: Path | str) -> None:
@@ -80,7 +102,7 @@ def _await(supervisor: Supervisor, ready: Path | str) -> None:
                 return
         else:
             try:
-                with urllib.request.urlopen(ready, timeout=5) as response:
+                with _DIRECT.open(ready, timeout=5) as response:
                     if response.status == 200:
                         return
             except (urllib.error.URLError, OSError):
@@ -112,7 +134,12 @@ def serve(settings: ServeSettings) -> None:
         python = [sys.executable, "-m", "chunkwise"]
         try:
             for rank in range(settings.num_shard):
-                place = [f"--rank={rank}", f"--world-size={settings.num_shard}", f"--master-port={master_port}"]
+                place = [
+                    f"--rank={rank}",
+                    f"--world-size={settings.num_shard}",
+                    "--master-addr=127.0.0.1",
+                    f"--master-port={master_port}",
+                ]
                 own = [f"--model-id={model_dir}", f"--shard-urls={urls}", f"--threads={threads}"]
                 own.append(f"--lora-adapters={adapters}")
                 command = [*python, "shard", *own, *place, *_passed_on(settings.flags, _SHARD_FLAGS)]
@@ -122,10 +149,11 @@ def serve(settings: ServeSettings) -> None:
             own = [f"--model-id={model_dir}", f"--model-name={settings.model_id}", f"--shard-urls={urls}"]
             command = [*python, "router", *own, f"--port={port}", *_passed_on(settings.flags, _ROUTER_FLAGS)]
             supervisor.start("router", command, env)
-            host = "127.0.0.1" if settings.hostname in ("0.0.0.0", "::") else settings.hostname
+            host = _reachable(settings.hostname)
             _await(supervisor, f"http://{host}:{port}/health")
             if not supervisor.stopping:
-                logger.info("ready on http://%s:%d\n%s", host, port, _curl(f"http://{host}:{port}", settings.adapters))
+                curl = _curl(f"http://{host}:{port}", settings.adapters, key=settings.api_key is not None)
+                logger.info("ready on http://%s:%d\n%s", host, port, curl)
             supervisor.wait()
         finally:
             supervisor.stop()

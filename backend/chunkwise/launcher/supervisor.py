@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
+import os
 import signal
 import subprocess
 import time
@@ -11,20 +11,15 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from chunkwise.core import ChunkwiseError
+from chunkwise.lifetime import PARENT_VARIABLE
 
 logger = logging.getLogger(__name__)
 
 _POLL_SECONDS = 0.1
-_PR_SET_PDEATHSIG = 1
 
 
 class ProcessFailed(ChunkwiseError):
     """A supervised process ended by itself."""
-
-
-def die_with_parent() -> None:
-    """Makes the kernel send SIGTERM to this process when its parent dies, however that happens (Linux)."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class Supervisor:
@@ -34,7 +29,7 @@ class Supervisor:
         grace_seconds: how long a process may take to end after SIGTERM before it is killed.
     """
 
-    def __init__(self, grace_seconds: float = 30.0) -> None:
+    def __init__(self, grace_seconds: float = 75.0) -> None:
         self.stopping = False
         self._grace = grace_seconds
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -46,7 +41,8 @@ class Supervisor:
 
     def start(self, name: str, command: Sequence[str], env: Mapping[str, str]) -> None:
         """Starts a process in its own group, so that a terminal's Ctrl-C reaches this process alone."""
-        self._processes[name] = subprocess.Popen(command, env=dict(env), start_new_session=True)
+        env = {**env, PARENT_VARIABLE: str(os.getpid())}
+        self._processes[name] = subprocess.Popen(command, env=env, start_new_session=True)
 
     def check(self) -> None:
         """Raises ProcessFailed if a process has ended."""

@@ -65,10 +65,9 @@ class PagedAttention:
         """``q`` [T, H, D], ``k`` and ``v`` [T, K, D] of this rank; returns [T, H, D]."""
         self._cache.write(layer, step.slots, k, v)
         out = torch.empty_like(q)
-        if step.decode is not None:
-            rows = slice(0, step.decode.sequences)
-            keys, values = self._gather_decode(layer, step.decode)
-            out[rows] = _decode(q[rows], keys, values, step.decode.mask)
+        for block in step.decode:
+            keys, values = self._gather_decode(layer, block)
+            out[block.rows] = _decode(q[block.rows], keys, values, block.mask)
         for span in step.prefill:
             rows = slice(span.first_row, span.first_row + span.tokens)
             keys, values = self._gather_prefill(layer, span)
@@ -77,11 +76,11 @@ class PagedAttention:
 
     def head_spread(self, layer: int, step: StepInput, q: Tensor) -> Tensor:
         """`spread` of this rank's first head at the last row of every sequence, ``[S]``, decode rows first."""
-        parts = []
-        if step.decode is not None:
-            keys, _ = self._gather_decode(layer, step.decode)
-            head = q[: step.decode.sequences, 0]
-            parts.append(spread(head, keys[:, :, 0], step.decode.mask, step.decode.contexts))
+        decoding = sum(block.sequences for block in step.decode)
+        parts = [torch.empty(decoding, device=q.device)]
+        for block in step.decode:
+            keys, _ = self._gather_decode(layer, block)
+            parts[0][block.rows] = spread(q[block.rows, 0], keys[:, :, 0], block.mask, block.contexts)
         for span in step.prefill:
             keys, _ = self._gather_prefill(layer, span)
             last = q[span.first_row + span.tokens - 1, 0][None]

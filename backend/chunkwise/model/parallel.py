@@ -92,6 +92,10 @@ class Group(Protocol):
         """The smallest ``value`` of all ranks."""
         ...
 
+    def first(self, value: int) -> int:
+        """The ``value`` of rank 0."""
+        ...
+
 
 class SingleProcess:
     """The group of one."""
@@ -108,6 +112,10 @@ class SingleProcess:
         return x
 
     def minimum(self, value: int) -> int:
+        """As in `Group`."""
+        return value
+
+    def first(self, value: int) -> int:
         """As in `Group`."""
         return value
 
@@ -151,6 +159,12 @@ class DistributedGroup:
         """As in `Group`."""
         tensor = torch.tensor([value], dtype=torch.int64, device=self._device)
         dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return int(tensor.item())
+
+    def first(self, value: int) -> int:
+        """As in `Group`."""
+        tensor = torch.tensor([value], dtype=torch.int64, device=self._device)
+        dist.broadcast(tensor, src=0)
         return int(tensor.item())
 
     def close(self) -> None:

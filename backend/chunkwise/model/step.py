@@ -23,10 +23,11 @@ class PrefillSpan:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRows:
-    """One token each of several sequences: rows ``[0, sequences)``. ``plan`` gathers every sequence's pages padded to
-    the longest table; ``mask`` ``[sequences, padded context]`` is True at positions that exist; ``contexts``
+    """One token each of ``sequences`` sequences, at ``rows`` of the step. ``plan`` gathers every sequence's pages,
+    padded to the longest table; ``mask`` ``[sequences, padded context]`` is True at positions that exist; ``contexts``
     ``[sequences]`` counts them."""
 
+    rows: slice | Tensor
     sequences: int
     plan: GatherPlan
     mask: Tensor
@@ -48,7 +49,7 @@ class StepInput:
     last_rows: Tensor
     scored_rows: Tensor
     scored_ids: Tensor
-    decode: DecodeRows | None
+    decode: tuple[DecodeRows, ...]
     prefill: tuple[PrefillSpan, ...]
     segments: tuple[LoraSegment, ...]
 

@@ -20,11 +20,13 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """One generated token. ``ending`` is set on the last event and on no other."""
+    """One generated token. ``ending`` is set on the last event and on no other; ``prefill_tokens``, the prompt with its
+    logprobs, on the first, if the request asked for it and the server computes it."""
 
     token: Token
     top_tokens: tuple[Token, ...] = ()
     ending: Ending | None = None
+    prefill_tokens: tuple[Token, ...] = ()
 
 
 class Answer:

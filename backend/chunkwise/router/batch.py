@@ -5,7 +5,7 @@ It knows the ids in the batch and nothing of the requests behind them.
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import itertools
 import time
 from collections.abc import Callable, Collection, Coroutine, Sequence
@@ -47,20 +47,14 @@ class ShardBatch:
             GenerationFailed: the step failed; call `clear` before the next one.
             ShardLost: the shards must be started anew.
         """
-        await self._helm.flush()
-        method, launch = self._launch(admitted, self._helm.seq, self._helm.open_step())
+        method, launch = self._launch(admitted)
         began = self._clock()
         self._metrics.batch_count.inc(method)
-        rpc = asyncio.create_task(launch)
         try:
-            await asyncio.sleep(0)  # the step is on its way before any time goes into steering
-            await self._helm.observe()
-            result = await rpc
+            result = await self._helm.step(launch)
         except GenerationFailed:
             self._metrics.batch_failure.inc(method)
             raise
-        finally:
-            rpc.cancel()
         self._metrics.step_done(method, self._clock() - began, result)
         self._cached = result.batch
         return result
@@ -96,12 +90,12 @@ class ShardBatch:
             await self._shards.clear_cache(None, self._helm.seq)
 
     def _launch(
-        self, admitted: Sequence[GenerationRequest], seq: int, step: int
-    ) -> tuple[str, Coroutine[Any, Any, StepResult]]:
+        self, admitted: Sequence[GenerationRequest]
+    ) -> tuple[str, Callable[[int, int], Coroutine[Any, Any, StepResult]]]:
         cached = self._cached
         if admitted:
             if cached is not None:
                 self._metrics.batch_concat.inc("chunking")
-            return "prefill", self._shards.prefill(admitted, next(self._ids), cached, seq, step)
+            return "prefill", functools.partial(self._shards.prefill, admitted, next(self._ids), cached)
         assert cached is not None, "with no batch the head of the queue is always admitted"
-        return "decode", self._shards.decode([cached], seq, step)
+        return "decode", functools.partial(self._shards.decode, [cached])

@@ -1,13 +1,15 @@
-"""The steering of live requests as the loop uses it: decisions on their way to the shards, signals on their way back.
+"""The steering of live requests: decisions on their way to the shards, signals on their way back.
 
-It keeps the lag of exactly one step, and makes plain full-rank serving (no controller) look the same to the loop.
+It keeps the lag of exactly one step, and makes plain full-rank serving (no controller) look the same to its callers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any
 
-from chunkwise.core import AdapterInfo, GenerationRequest, KvFormat, SteeringUpdate
+from chunkwise.core import AdapterInfo, GenerationRequest, KvFormat, SteeringUpdate, StepResult
 from chunkwise.router.metrics import Metrics
 from chunkwise.router.shard_group import Shards
 from chunkwise.steering import ChunkReport, SteeringController, SteeringReport
@@ -74,7 +76,31 @@ class Helm:
         """Number of the last update sent, the barrier of the next RPC."""
         return self._controller.last_seq if self._controller is not None else 0
 
-    def open_step(self) -> int:
+    async def step(self, launch: Callable[[int, int], Coroutine[Any, Any, StepResult]]) -> StepResult:
+        """Runs one step, and meanwhile observes the signals of the step before.
+
+        Args:
+            launch: the RPC, given the number of its barrier and the number of the step.
+
+        Raises:
+            GenerationFailed: the step failed; call `abandon_step` before the next one.
+            ShardLost: the shards must be started anew.
+            SteeringViolation: the signals contradict what the shards were told.
+        """
+        await self.flush()
+        rpc = asyncio.create_task(launch(self.seq, self._open_step()))
+        try:
+            await asyncio.sleep(0)  # the step is on its way before any time goes into steering
+            await self._observe()
+            return await rpc
+        finally:
+            rpc.cancel()
+
+    def abandon_step(self) -> None:
+        """The step that was launched failed: its signals may never come, and nobody waits for them."""
+        self._launched = self._due = None
+
+    def _open_step(self) -> int:
         """The number of the step that is launched now; from now on the signals of the one before are due."""
         if self._controller is None:
             return 0
@@ -82,19 +108,12 @@ class Helm:
         self._due, self._launched = self._launched, self._step
         return self._step
 
-    async def observe(self) -> None:
-        """Waits for the signals that are due, if any, and takes them.
-
-        Raises:
-            SteeringViolation: they contradict what the shards were told.
-        """
+    async def _observe(self) -> None:
+        """Waits for the signals that are due, if any, and takes them."""
         due, self._due = self._due, None
         if due is not None and self._controller is not None:
             self._controller.observe(await self._shards.signals(due))
 
-    def abandon_step(self) -> None:
-        """The step that was launched failed: its signals may never come, and nobody waits for them."""
-        self._launched = self._due = None
-
     def _adapter(self, request: GenerationRequest) -> AdapterInfo | None:
-        return self._adapters[request.adapter_id] if request.adapter_id is not None else None
+        """The request's adapter; None also for one that the shards do not hold and will refuse."""
+        return self._adapters.get(request.adapter_id) if request.adapter_id is not None else None

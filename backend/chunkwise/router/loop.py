@@ -18,7 +18,6 @@ from chunkwise.core import (
     GenerationFailed,
     GenerationRequest,
     InvalidRequest,
-    Overloaded,
     StepResult,
 )
 from chunkwise.router.answer import Answer, Ending, Event
@@ -58,7 +57,6 @@ class Loop:
         capacity: Capacity,
         metrics: Metrics,
         *,
-        max_requests: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.clock = clock
@@ -67,7 +65,6 @@ class Loop:
         self._capacity = capacity
         self._backlog = Backlog(capacity)
         self._metrics = metrics
-        self._max_requests = max_requests
         self._ids = itertools.count(1)
         self._answers: dict[int, Answer] = {}
         self._live: dict[int, _Live] = {}
@@ -77,8 +74,12 @@ class Loop:
 
     @property
     def stopped(self) -> str | None:
-        """Why the loop has ended; None while it serves."""
+        """Why nothing new is accepted; None while the loop serves."""
         return self._stopped
+
+    def close(self) -> None:
+        """Refuses new requests from now on; those in flight go on."""
+        self._stopped = self._stopped or "the server is shutting down; send the request to another one"
 
     @property
     def in_flight(self) -> int:
@@ -89,16 +90,11 @@ class Loop:
         """Queues a request under a fresh id; the id it came with is ignored.
 
         Raises:
-            Overloaded: as many requests as allowed are in flight.
             InvalidRequest: the request can never fit the KV cache.
-            ServingStopped: the loop has ended.
+            ServingStopped: the loop has ended, or is closing.
         """
         if self._stopped is not None:
             raise ServingStopped(self._stopped)
-        if len(self._answers) >= self._max_requests:
-            raise Overloaded(
-                f"{len(self._answers)} requests are in flight, the limit is {self._max_requests}; try again later"
-            )
         request = replace(request, id=next(self._ids))
         self._backlog.push(request)
         answer = Answer(request.id, self.clock(), self._give_up)
@@ -133,7 +129,6 @@ class Loop:
         self._answers.pop(request_id, None)
         if not self._backlog.remove(request_id):
             self._cancelled.add(request_id)
-        self._wake.set()
 
     async def _turn(self) -> None:
         """One step, or a wait for work. A failed call ends all requests in the batch and no others."""
@@ -151,7 +146,10 @@ class Loop:
             _log.error("a batch of %d requests failed: %s", len(self._live), error)
             for request_id in list(self._live):
                 self._fail(request_id, error)
-            await self._batch.clear()
+            try:
+                await self._batch.clear()
+            except GenerationFailed as second:
+                raise ShardLost(f"the shards could not be cleared after a failed step: {second}") from second
 
     async def _rest(self) -> None:
         await self._batch.rest()
@@ -207,7 +205,7 @@ class Loop:
             self._helm.extend(request.id, generation.token.id)
         answer = self._answers.get(request.id)
         if answer is not None:
-            answer.push(Event(generation.token, generation.top_tokens, ending))
+            answer.push(Event(generation.token, generation.top_tokens, ending, generation.prefill_tokens))
         if ending is not None:
             self._answers.pop(request.id, None)
 

@@ -116,11 +116,15 @@ class Metrics:
         )
         by_format = ["shard", "format"]
         self.kv_pages = Gauge("chunkwise_kv_pages", "KV pages in use", by_format, registry=registry)
+        self.kv_idle = Gauge("chunkwise_kv_idle_pages", "KV pages kept for reuse alone", by_format, registry=registry)
         self.kv_bytes = Gauge("chunkwise_kv_bytes", "Bytes of those pages", by_format, registry=registry)
         self.kv_budget = Gauge("chunkwise_kv_bytes_budget", "Bytes the KV cache may hold", ["shard"], registry=registry)
         self.sequences = Gauge("chunkwise_shard_sequences", "Live requests", ["shard"], registry=registry)
         self.steered = Gauge(
             "chunkwise_shard_steered_requests", "Requests with stored decisions", ["shard"], registry=registry
+        )
+        self.reused_tokens = Gauge(
+            "chunkwise_prefix_reused_tokens", "Prompt tokens found in the prefix cache", ["shard"], registry=registry
         )
         self.resident_bytes = Gauge(
             "chunkwise_shard_resident_bytes", "Resident set size of the process", ["shard"], registry=registry
@@ -155,10 +159,12 @@ class Metrics:
             for kind in KvFormat:
                 held = usage.get(kind)
                 self.kv_pages.labels(shard, kind.name.lower()).set(held.pages if held is not None else 0)
+                self.kv_idle.labels(shard, kind.name.lower()).set(held.idle if held is not None else 0)
                 self.kv_bytes.labels(shard, kind.name.lower()).set(held.bytes if held is not None else 0)
             self.kv_budget.labels(shard).set(state.kv_bytes_budget)
             self.sequences.labels(shard).set(state.sequences)
             self.steered.labels(shard).set(state.steered_requests)
+            self.reused_tokens.labels(shard).set(state.reused_tokens)
             self.resident_bytes.labels(shard).set(state.resident_bytes)
 
     def render(self) -> bytes:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import signal
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -13,16 +14,17 @@ from typing import Any
 from aiohttp import web
 
 from chunkwise.config.settings import RouterSettings
-from chunkwise.core import GenerationFailed
 from chunkwise.router.api.app import build_app
 from chunkwise.router.api.serving import Serving
 from chunkwise.router.api.validation import Validator
 from chunkwise.router.helm import Helm
 from chunkwise.router.loop import Loop
 from chunkwise.router.metrics import Metrics
-from chunkwise.router.shard_group import ShardLost, Shards
+from chunkwise.router.permits import Permits
+from chunkwise.router.shard_group import Shards
 from chunkwise.router.shards import GrpcShards
 from chunkwise.router.warmup import capacity_of, fit_limits, usable_limits
+from chunkwise.router.watch import watch
 from chunkwise.steering import SteeringController
 from chunkwise.tokenizer import Tokenizer
 
@@ -79,11 +81,23 @@ async def prepare(settings: RouterSettings, shards: Shards) -> Serving:
         Helm(shards, controller, adapters, metrics),
         capacity_of(limits, agreed, info),
         metrics,
-        max_requests=limits.max_concurrent_requests,
     )
     entropy = random.SystemRandom()
     validator = Validator(limits, agreed, tokenizer, adapters, lambda: entropy.getrandbits(64))
-    return Serving(settings, info, shards, loop, validator, metrics)
+    return Serving(settings, info, shards, loop, validator, metrics, Permits(limits.max_concurrent_requests))
+
+
+async def _bind(runner: web.AppRunner, hostname: str, port: int) -> web.BaseSite:
+    """Listens on the address; on all addresses if the name means none, as TGI does: containers set HOSTNAME to names
+    that nothing resolves."""
+    try:
+        socket.getaddrinfo(hostname, port)
+    except socket.gaierror:
+        _log.warning("hostname %r cannot be resolved; listening on 0.0.0.0", hostname)
+        hostname = "0.0.0.0"
+    site = web.TCPSite(runner, hostname, port)
+    await site.start()
+    return site
 
 
 @asynccontextmanager
@@ -93,8 +107,7 @@ async def listening(serving: Serving) -> AsyncIterator[tuple[web.BaseSite, str]]
     runner = web.AppRunner(build_app(serving), handler_cancellation=True, access_log=None, shutdown_timeout=_HANDLERS_S)
     await runner.setup()
     try:
-        site = web.TCPSite(runner, serving.settings.hostname, serving.settings.port)
-        await site.start()
+        site = await _bind(runner, serving.settings.hostname, serving.settings.port)
         host, port = runner.addresses[0][:2]
         yield site, f"http://{f'[{host}]' if ':' in host else host}:{port}"
     finally:
@@ -105,16 +118,17 @@ async def _serve_until(stop: asyncio.Event, serving: Serving) -> None:
     """Serves until ``stop`` is set, then lets what runs end. Ends at once, with its error, when a shard is lost."""
     async with listening(serving) as (site, url):
         batching = asyncio.create_task(serving.loop.run(), name="loop")
-        watch = asyncio.create_task(_watch(serving.shards), name="watch")
+        watching = asyncio.create_task(watch(serving.shards, _WATCH_S), name="watch")
         stopping = asyncio.create_task(stop.wait(), name="stop")
-        tasks: list[asyncio.Task[Any]] = [batching, watch, stopping]
+        tasks: list[asyncio.Task[Any]] = [batching, watching, stopping]
         try:
             _log.info("serving %s on %s", serving.settings.model_id, url)
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            for task in (batching, watch):
+            for task in (batching, watching):
                 if task.done():
                     task.result()
             _log.info("stopping: %d requests are in flight", serving.loop.in_flight)
+            serving.loop.close()
             await site.stop()
             await _drain(serving)
         finally:
@@ -128,17 +142,5 @@ async def _drain(serving: Serving) -> None:
     """Waits for the running requests to end, for the grace time at most."""
     with suppress(TimeoutError):
         async with asyncio.timeout(serving.settings.grace_seconds):
-            while serving.loop.in_flight and serving.loop.stopped is None:
+            while serving.loop.in_flight:
                 await asyncio.sleep(_DRAIN_S)
-
-
-async def _watch(shards: Shards) -> None:
-    """Ends with ShardLost when a shard is gone, which an idle router would not notice."""
-    while True:
-        await asyncio.sleep(_WATCH_S)
-        try:
-            await shards.health()
-        except ShardLost:
-            raise
-        except GenerationFailed as error:
-            _log.warning("a shard does not answer: %s", error)

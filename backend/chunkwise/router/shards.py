@@ -87,8 +87,8 @@ async def _all(calls: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
             task.cancel()
 
 
-def _identity(info: ShardInfo) -> tuple[object, ...]:
-    return info.model_sha, info.page_size, [(a.adapter_id, a.content_hash) for a in info.adapters]
+def _identity(info: ShardInfo) -> ShardInfo:
+    return replace(info, device_type="")
 
 
 def _target(url: str) -> str:
@@ -128,8 +128,8 @@ class GrpcShards:
         for url, info in zip(self._urls, infos, strict=True):
             if _identity(info) != _identity(infos[0]):
                 raise UnsupportedModel(
-                    f"shard {url} serves other weights, adapters or page size than {self._urls[0]}; "
-                    "start all shards with the same model and adapters"
+                    f"shard {url} serves another model revision, data type, page size or adapters than "
+                    f"{self._urls[0]}; start all shards with the same model and adapters"
                 )
         return infos[0]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chunkwise.core import GenerationRequest, InvalidRequest, UnknownAdapter, WarmupLimits
+from chunkwise.core import GenerationRequest, InvalidRequest, SamplingParams, UnknownAdapter, WarmupLimits
 from chunkwise.shard.detokenizer import Detokenizer
+from chunkwise.shard.grammar import GrammarCompiler
 from chunkwise.shard.sampler import TokenChooser
 from chunkwise.shard.sequence import Sequence
+from chunkwise.shard.watermark import Watermark
 from chunkwise.tokenizer import Tokenizer
 from chunkwise_adapters.errors import AdapterNotFound
 from chunkwise_adapters.store import AdapterStore, ResidentAdapter
@@ -20,25 +22,27 @@ class Admission:
     tokenizer: Tokenizer
     adapters: AdapterStore
     vocab: int
+    grammars: GrammarCompiler
+    watermark: Watermark
 
     def admit(self, request: GenerationRequest, limits: WarmupLimits) -> Sequence:
         """A sequence ready for its first step.
 
         Raises:
-            InvalidRequest: an empty or too long prompt, ids beyond the vocabulary, no token to generate, or a parameter
-                this server does not implement.
+            InvalidRequest: an empty or too long prompt, ids beyond the vocabulary, no token to generate, or a grammar
+                that cannot be used.
             UnknownAdapter: the adapter is not resident. The base model never answers in its place.
         """
-        _refuse_unsupported(request)
         ids = self._prompt(request)
         _check_length(request, len(ids), limits)
+        adapter = self._adapter(request.adapter_id)
         return Sequence(
             request=request,
             prompt_tokens=len(ids),
             ids=ids,
-            chooser=TokenChooser(request.sampling, ids),
+            chooser=self._chooser(request.sampling, ids),
             detokenizer=Detokenizer(self.tokenizer, ids, request.stopping.stop_sequences),
-            adapter=self._adapter(request.adapter_id),
+            adapter=adapter,
         )
 
     def _prompt(self, request: GenerationRequest) -> list[int]:
@@ -54,6 +58,10 @@ class Admission:
             raise InvalidRequest(f"prompt id {max(ids)} is beyond the vocabulary of {self.vocab} ids")
         return ids
 
+    def _chooser(self, sampling: SamplingParams, ids: list[int]) -> TokenChooser:
+        grammar = self.grammars.compile(sampling.grammar) if sampling.grammar is not None else None
+        return TokenChooser(sampling, ids, grammar, self.watermark if sampling.watermark else None)
+
     def _adapter(self, adapter_id: str | None) -> ResidentAdapter | None:
         if adapter_id is None:
             return None
@@ -61,13 +69,6 @@ class Admission:
             return self.adapters.get(adapter_id)
         except AdapterNotFound as error:
             raise UnknownAdapter(str(error)) from error
-
-
-def _refuse_unsupported(request: GenerationRequest) -> None:
-    if request.sampling.grammar:
-        raise InvalidRequest("grammar is not supported by this version; leave it out")
-    if request.sampling.watermark:
-        raise InvalidRequest("watermark is not supported by this version; set it to false")
 
 
 def _check_length(request: GenerationRequest, prompt_tokens: int, limits: WarmupLimits) -> None:

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 
 from chunkwise.config.flags import shard_settings
-from chunkwise.launcher.supervisor import die_with_parent
 from chunkwise.logs import configure_logging
 from chunkwise.shard.process import serve
 
@@ -15,5 +14,4 @@ def run(args: argparse.Namespace) -> None:
     """Serves one rank until SIGTERM or SIGINT."""
     settings = shard_settings(args)
     configure_logging(settings.log, f"shard {settings.parallel.rank}")
-    die_with_parent()
     asyncio.run(serve(settings))

@@ -1,7 +1,8 @@
 """Steering decisions between their arrival and the step that may see them.
 
 `receive` is called by the stream, whenever an update arrives; `apply` by the engine, right before a step, with the
-number of the last update that the step may see. So what a step computes never depends on when an update arrived.
+number of the last update that the step may see. So what a step computes never depends on when an update arrived. A live
+sequence takes its decisions over and keeps them; what stays here belongs to requests that have not come yet.
 """
 
 from __future__ import annotations
@@ -15,10 +16,15 @@ from dataclasses import dataclass, field
 from chunkwise.core import ChunkDecision, GenerationFailed, KvDecision, SteeringUpdate, SteeringViolation
 
 
-@dataclass(slots=True)
-class RequestDecisions:
-    """All chunks decided for one request, ascending by start, and the KV decisions not yet executed."""
+@dataclass(frozen=True, slots=True)
+class SteeringSession:
+    """One Steer stream's right to send updates; void as soon as another session starts."""
 
+    number: int
+
+
+@dataclass(slots=True)
+class _Waiting:
     chunks: list[ChunkDecision] = field(default_factory=list)
     kv: list[KvDecision] = field(default_factory=list)
 
@@ -35,23 +41,27 @@ class DecisionTable:
         self._arrived = threading.Condition()
         self._pending: deque[SteeringUpdate] = deque()
         self._received = 0
-        self._applied = 0
-        self._requests: dict[int, RequestDecisions] = {}
+        self._session = SteeringSession(0)
+        self._requests: dict[int, _Waiting] = {}
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def start_session(self) -> None:
-        """A new stream: updates count from 1 again, and what an earlier one left behind is forgotten."""
+    def start_session(self) -> SteeringSession:
+        """A new stream: updates count from 1 again, and what an earlier one sent ahead is forgotten. Live sequences
+        keep the decisions they have taken."""
         with self._arrived:
             self._pending.clear()
             self._requests.clear()
-            self._received = self._applied = 0
-            self._arrived.notify_all()
+            self._received = 0
+            self._session = SteeringSession(self._session.number + 1)
+            return self._session
 
-    def receive(self, update: SteeringUpdate) -> None:
-        """Stores an update. Raises SteeringViolation unless it is the next in number."""
+    def receive(self, session: SteeringSession, update: SteeringUpdate) -> None:
+        """Stores an update. Raises SteeringViolation unless it is the next in number of the current session."""
         with self._arrived:
+            if session != self._session:
+                raise SteeringViolation("another Steer stream has been opened since; only the latest may send updates")
             if update.seq != self._received + 1:
                 raise SteeringViolation(
                     f"steering update {update.seq} arrived after {self._received}; number updates without gaps"
@@ -60,15 +70,12 @@ class DecisionTable:
             self._pending.append(update)
             self._arrived.notify_all()
 
-    def apply(self, upto: int) -> tuple[ChunkDecision, ...]:
+    def apply(self, upto: int) -> None:
         """Makes every update numbered at most ``upto`` effective, waiting for those still under way, and none beyond.
-
-        Returns the chunk decisions that became effective.
 
         Raises:
             GenerationFailed: an update did not arrive in time.
         """
-        applied: list[ChunkDecision] = []
         with self._arrived:
             deadline = time.monotonic() + self._timeout
             while self._received < upto:
@@ -78,31 +85,30 @@ class DecisionTable:
                         "is the Steer stream of this shard open?"
                     )
             while self._pending and self._pending[0].seq <= upto:
-                update = self._pending.popleft()
-                self._applied = update.seq
-                applied.extend(update.chunks)
-                self._apply(update)
-        return tuple(applied)
+                self._apply(self._pending.popleft())
 
     def _apply(self, update: SteeringUpdate) -> None:
         for chunk in update.chunks:
-            self._requests.setdefault(chunk.request_id, RequestDecisions()).chunks.append(chunk)
+            self._requests.setdefault(chunk.request_id, _Waiting()).chunks.append(chunk)
         for kv in update.kv:
-            self._requests.setdefault(kv.request_id, RequestDecisions()).kv.append(kv)
+            self._requests.setdefault(kv.request_id, _Waiting()).kv.append(kv)
         for request_id in update.released:
             self._requests.pop(request_id, None)
 
-    def chunks(self, request_id: int) -> Sequence[ChunkDecision]:
-        """Effective chunks of a request, ascending; empty: full rank throughout."""
-        entry = self._requests.get(request_id)
-        return entry.chunks if entry else ()
+    def take_chunks(self, request_id: int) -> Sequence[ChunkDecision]:
+        """Chunk decisions of a request that have become effective since the last call."""
+        waiting = self._requests.get(request_id)
+        if waiting is None or not waiting.chunks:
+            return ()
+        taken, waiting.chunks = waiting.chunks, []
+        return taken
 
     def take_kv(self, request_id: int) -> Sequence[KvDecision]:
         """KV decisions of a request that have become effective since the last call."""
-        entry = self._requests.get(request_id)
-        if entry is None or not entry.kv:
+        waiting = self._requests.get(request_id)
+        if waiting is None or not waiting.kv:
             return ()
-        taken, entry.kv = entry.kv, []
+        taken, waiting.kv = waiting.kv, []
         return taken
 
     def forget(self, request_id: int) -> None:

@@ -35,7 +35,8 @@ class Detokenizer:
         return "".join(self._texts)
 
     def append(self, id: int) -> str:
-        """Text that ``id`` completes; sets ``stopped`` once the generated text contains a stop sequence."""
+        """Text that ``id`` completes; sets ``stopped`` once the texts of all tokens, special ones included, contain a
+        stop sequence."""
         self._ids.append(id)
         before = self._tokenizer.decode(self._ids[self._prefix : self._read])
         after = self._tokenizer.decode(self._ids[self._prefix :])
@@ -46,7 +47,7 @@ class Detokenizer:
         self._prefix, self._read = 0, len(self._ids)
         if not self._tokenizer.is_special(id):
             self._texts.append(text)
-            self._search(text)
+        self._search(text)
         return text
 
     def _search(self, text: str) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from chunkwise.core import (
     AdapterInfo,
@@ -29,12 +29,15 @@ from chunkwise.core import (
 )
 from chunkwise.kv.cache import KvCache
 from chunkwise.model.llama import Llama
+from chunkwise.model.parallel import Group
 from chunkwise.shard.admission import Admission
 from chunkwise.shard.decisions import DecisionTable
+from chunkwise.shard.grammar import GrammarCompiler
 from chunkwise.shard.memory import free_bytes, resident_bytes
 from chunkwise.shard.runner import StepOutcome, StepRunner, failure
 from chunkwise.shard.scheduler import next_step_tokens
 from chunkwise.shard.sequence import Sequence
+from chunkwise.shard.watermark import Watermark
 from chunkwise.tokenizer import Tokenizer
 from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.store import AdapterStore
@@ -56,6 +59,7 @@ class EngineSettings:
     prefix_caching: bool = True
     prefill_logprobs: bool = False
     model_sha: str = ""
+    watermark: Watermark = field(default_factory=Watermark)
 
 
 class Engine:
@@ -67,6 +71,7 @@ class Engine:
         tokenizer: Tokenizer,
         adapters: AdapterStore,
         decisions: DecisionTable,
+        grammars: GrammarCompiler,
         settings: EngineSettings,
     ) -> None:
         self._model = model
@@ -74,12 +79,17 @@ class Engine:
         self._adapters = adapters
         self._decisions = decisions
         self._settings = settings
-        self._admission = Admission(tokenizer, adapters, model.spec.vocab)
+        self._admission = Admission(tokenizer, adapters, model.spec.vocab, grammars, settings.watermark)
         self._eos_id = min(tokenizer.eos_ids, default=0)
         self._batches: dict[int, list[Sequence]] = {}
         self._live = 0
         self._runner: StepRunner | None = None
         self._limits: WarmupLimits | None = None
+
+    @property
+    def group(self) -> Group:
+        """The ranks that compute together."""
+        return self._model.group
 
     def info(self) -> ShardInfo:
         """What a router must know before Warmup."""
@@ -120,11 +130,12 @@ class Engine:
             InvalidRequest: limits that contradict each other, the model or the memory.
         """
         self.clear_cache(None)
+        # The old cache goes first, or the memory it takes would not be counted as free.
+        self._runner = None
         shape = self._model.kv_shape(PAGE_SIZE)
         page_bytes = shape.page_bytes(self._model.dtype)[KvFormat.FULL]
         pages = self._model.group.minimum(self._capacity_pages(page_bytes))
         limits = self._agree(pages, max_input_tokens, max_total_tokens)
-        self._runner = None
         cache = KvCache(shape, self._model.dtype, self._model.device, pages * page_bytes)
         self._runner = StepRunner(self._model, cache, self._tokenizer, self._decisions, max(max_prefill_tokens, 1))
         self._limits = limits
@@ -143,15 +154,17 @@ class Engine:
             GenerationFailed: the step as a whole failed; every request in it is lost and its memory is free again.
         """
         limits = self._require_limits()
-        self._decisions.apply(seq)
+        if cached is None and batch_id in self._batches:
+            raise InvalidRequest(f"batch {batch_id} is cached already; give new batches new ids, or clear it first")
         sequences = [] if cached is None else self._pop(cached)
         refused: list[Generation] = []
-        for request in requests:
-            try:
-                sequences.append(self._admit(request, limits))
-            except (ChunkwiseError, AdapterError) as error:
-                self._decisions.forget(request.id)
-                refused.append(failure(request.id, error, self._eos_id))
+        try:
+            self._decisions.apply(seq)
+            for request in requests:
+                self._admit(request, limits, sequences, refused)
+        except Exception as error:
+            self._release(sequences)
+            raise GenerationFailed(f"the batch could not be admitted: {error}") from error
         return self._step(batch_id if cached is None else cached, sequences, step, refused)
 
     def decode(self, batch_ids: SequenceOf[int], seq: int, step: int) -> tuple[StepResult, StepSignals]:
@@ -162,8 +175,12 @@ class Engine:
         unknown = [id for id in batch_ids if id not in self._batches]
         if unknown:
             raise InvalidRequest(f"batches {unknown} are not cached; cached are {sorted(self._batches)}")
-        self._decisions.apply(seq)
         sequences = [sequence for id in dict.fromkeys(batch_ids) for sequence in self._pop(id)]
+        try:
+            self._decisions.apply(seq)
+        except GenerationFailed:
+            self._release(sequences)
+            raise
         return self._step(batch_ids[0], sequences, step, [])
 
     def filter_batch(self, batch_id: int, keep: SequenceOf[int], seq: int) -> CachedBatch:
@@ -172,19 +189,19 @@ class Engine:
         Raises:
             InvalidRequest: no such batch.
         """
-        self._decisions.apply(seq)
         sequences = self._pop(batch_id)
         kept = [s for s in sequences if s.request.id in set(keep)]
         self._release([s for s in sequences if s not in kept])
         if kept:
             self._batches[batch_id] = kept
+        self._decisions.apply(seq)
         return self._describe(batch_id, kept)
 
     def clear_cache(self, batch_id: int | None, seq: int = 0) -> None:
         """Releases one batch, or all. An unknown batch is no error."""
-        self._decisions.apply(seq)
         for id in list(self._batches) if batch_id is None else [batch_id]:
             self._release(self._batches.pop(id, []))
+        self._decisions.apply(seq)
 
     def check_integrity(self) -> None:
         """Checks that live sequences hold exactly the pages in use. Raises AssertionError otherwise."""
@@ -216,14 +233,26 @@ class Engine:
         )
         return result, StepSignals(step, tuple(outcome.signals))
 
-    def _admit(self, request: GenerationRequest, limits: WarmupLimits) -> Sequence:
+    def _admit(
+        self,
+        request: GenerationRequest,
+        limits: WarmupLimits,
+        sequences: list[Sequence],
+        refused: list[Generation],
+    ) -> None:
+        """Appends the request's sequence to ``sequences``, or the Generation that refuses it to ``refused``."""
         if request.prefill_logprobs and not self._settings.prefill_logprobs:
             request = replace(request, prefill_logprobs=False)
-        sequence = self._admission.admit(request, limits)
-        if self._settings.prefix_caching:
-            self._require_runner().reuse_prefix(sequence)
-        self._live += 1
-        return sequence
+        try:
+            sequence = self._admission.admit(request, limits)
+            if self._settings.prefix_caching:
+                self._require_runner().reuse_prefix(sequence)
+        except (ChunkwiseError, AdapterError) as error:
+            self._decisions.forget(request.id)
+            refused.append(failure(request.id, error, self._eos_id))
+        else:
+            sequences.append(sequence)
+            self._live += 1
 
     def _rehearse(self, requests: SequenceOf[GenerationRequest]) -> None:
         """Runs a step over Warmup's first request, so that the first real one does not pay for lazy set-up. Warmup's
@@ -242,9 +271,11 @@ class Engine:
             sequence = self._admission.admit(neutral, limits)
             self._live += 1
             try:
-                runner.step([sequence])
+                errors = [g.error for g in runner.step([sequence]).generations if g.error is not None]
             finally:
                 self._release([sequence])
+            if errors:
+                raise GenerationFailed(f"warm-up failed: {errors[0].message}")
 
     def _capacity_pages(self, page_bytes: int) -> int:
         tokens = self._settings.max_batch_total_tokens

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from chunkwise.core import ChunkDecision, KvFormat
+from chunkwise.core import KvFormat
 from chunkwise.kv.cache import plan_gather
 from chunkwise.kv.pages import PageRef
 from chunkwise.model.step import DecodeRows, PrefillSpan, StepInput
@@ -18,25 +17,30 @@ from chunkwise_adapters.gate import GatedSpan, LoraSegment, build_segments
 
 _PADDING = PageRef(KvFormat.FULL, 0)
 
-ChunksOf = Callable[[int], SequenceOf[ChunkDecision]]
-"""Effective chunk decisions of a request id."""
+
+def _decode_rows(spans: SequenceOf[Span], page_size: int, device: torch.device) -> tuple[DecodeRows, ...]:
+    """One block per power of two of pages: padding to the longest table of all would make every short sequence pay for
+    a long one."""
+    groups: dict[int, list[int]] = {}
+    for row, span in enumerate(spans):
+        groups.setdefault((len(span.sequence.pages) - 1).bit_length(), []).append(row)
+    return tuple(_decode_block(rows, spans, page_size, device) for rows in groups.values())
 
 
-def _decode_rows(spans: SequenceOf[Span], page_size: int, device: torch.device) -> DecodeRows | None:
-    if not spans:
-        return None
-    contexts = torch.tensor([span.context for span in spans], device=device)
-    longest = max(len(span.sequence.pages) for span in spans)
-    pages = [page for span in spans for page in [*span.sequence.pages, *[_PADDING] * longest][:longest]]
+def _decode_block(rows: list[int], spans: SequenceOf[Span], page_size: int, device: torch.device) -> DecodeRows:
+    tables = [spans[row].sequence.pages for row in rows]
+    longest = max(len(table) for table in tables)
+    pages = [page for table in tables for page in [*table, *[_PADDING] * (longest - len(table))]]
+    contexts = torch.tensor([spans[row].context for row in rows], device=device)
     mask = torch.arange(longest * page_size, device=device)[None] < contexts[:, None]
-    return DecodeRows(len(spans), plan_gather(pages, device), mask, contexts)
+    adjacent = rows[-1] - rows[0] + 1 == len(rows)
+    where = slice(rows[0], rows[-1] + 1) if adjacent else torch.tensor(rows, device=device)
+    return DecodeRows(where, len(rows), plan_gather(pages, device), mask, contexts)
 
 
-def _segments(
-    spans: SequenceOf[Span], first_rows: SequenceOf[int], chunks_of: ChunksOf, device: torch.device
-) -> tuple[LoraSegment, ...]:
+def _segments(spans: SequenceOf[Span], first_rows: SequenceOf[int], device: torch.device) -> tuple[LoraSegment, ...]:
     gated = [
-        GatedSpan(row, span.tokens, span.sequence.computed, adapter, chunks_of(span.sequence.request.id))
+        GatedSpan(row, span.tokens, span.sequence.computed, adapter, span.sequence.chunks)
         for span, row in zip(spans, first_rows, strict=True)
         if (adapter := span.sequence.adapter) is not None
     ]
@@ -52,7 +56,7 @@ def _scored(span: Span, first_row: int) -> list[tuple[int, int]]:
     return [(first_row + p - sequence.computed, sequence.ids[p + 1]) for p in positions]
 
 
-def pack(spans: SequenceOf[Span], chunks_of: ChunksOf, page_size: int, device: torch.device) -> StepInput:
+def pack(spans: SequenceOf[Span], page_size: int, device: torch.device) -> StepInput:
     """The tensors of one step.
 
     ``spans`` are decoding spans first, as `schedule` orders them; every sequence must hold the pages for its span.
@@ -90,5 +94,5 @@ def pack(spans: SequenceOf[Span], chunks_of: ChunksOf, page_size: int, device: t
             PrefillSpan(row, span.tokens, span.context, plan_gather(span.sequence.pages, device))
             for row, span in zip(first_rows[decoding:], spans[decoding:], strict=True)
         ),
-        segments=_segments(spans, first_rows, chunks_of, device),
+        segments=_segments(spans, first_rows, device),
     )

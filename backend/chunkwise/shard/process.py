@@ -13,12 +13,15 @@ import torch
 
 from chunkwise.config.settings import ShardSettings
 from chunkwise.core import UnsupportedModel
+from chunkwise.hub import hub_commit, locate
 from chunkwise.model.llama import Llama, target_slices
 from chunkwise.model.parallel import DistributedGroup, Group, SingleProcess
 from chunkwise.model.spec import load_spec
 from chunkwise.shard.decisions import DecisionTable
 from chunkwise.shard.engine import Engine, EngineSettings
+from chunkwise.shard.grammar import GrammarCompiler
 from chunkwise.shard.server import build_server
+from chunkwise.shard.watermark import Watermark
 from chunkwise.tokenizer import Tokenizer
 from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.format import load_adapter
@@ -59,7 +62,7 @@ def _load_adapters(settings: ShardSettings, model: Llama) -> AdapterStore:
     for source in settings.adapters:
         start = time.perf_counter()
         try:
-            weights = load_adapter(Path(source.source), source.name, model.spec.target_shapes())
+            weights = load_adapter(locate(source.source, source.revision), source.name, model.spec.target_shapes())
             adapter = store.add(build_ladder(weights))
         except AdapterError as error:
             raise UnsupportedModel(f"adapter {source.name!r} cannot be served: {error}") from error
@@ -78,9 +81,10 @@ def load_engine(settings: ShardSettings, decisions: DecisionTable) -> Engine:
     torch.set_num_threads(threads)
     device = _device(settings.parallel.rank)
     group = _group(settings, device)
-    tokenizer = Tokenizer(settings.model_dir)
-    dtype = _dtype(settings.dtype, device, load_spec(settings.model_dir).dtype)
-    model = Llama(settings.model_dir, group, dtype, device)
+    model_dir = locate(settings.model_id, settings.revision)
+    tokenizer = Tokenizer(model_dir)
+    dtype = _dtype(settings.dtype, device, load_spec(model_dir).dtype)
+    model = Llama(model_dir, group, dtype, device)
     logger.info(
         "rank %d of %d holds %d query and %d KV heads in %s on %s, %d threads",
         group.rank,
@@ -95,9 +99,11 @@ def load_engine(settings: ShardSettings, decisions: DecisionTable) -> Engine:
         max_batch_total_tokens=settings.max_batch_total_tokens,
         prefix_caching=settings.prefix_caching,
         prefill_logprobs=settings.prefill_logprobs,
-        model_sha=settings.model_sha,
+        model_sha=hub_commit(model_dir),
+        watermark=Watermark(settings.watermark.gamma, settings.watermark.delta),
     )
-    return Engine(model, tokenizer, _load_adapters(settings, model), decisions, engine_settings)
+    grammars = GrammarCompiler(model_dir, tokenizer.eos_ids)
+    return Engine(model, tokenizer, _load_adapters(settings, model), decisions, grammars, engine_settings)
 
 
 async def serve(settings: ShardSettings) -> None:
@@ -109,8 +115,10 @@ async def serve(settings: ShardSettings) -> None:
     server = build_server(engine, decisions, settings.urls, emits_signals=rank == 0)
     if url.startswith(_UNIX):
         Path(url.removeprefix(_UNIX)).unlink(missing_ok=True)
-    if server.add_insecure_port(url.replace(_UNIX, "unix:", 1)) == 0:
-        raise UnsupportedModel(f"shard {rank} cannot listen on {url}; is the address in use?")
+    try:
+        server.add_insecure_port(url.replace(_UNIX, "unix:", 1))
+    except RuntimeError as error:
+        raise UnsupportedModel(f"shard {rank} cannot listen on {url}; is the address in use?") from error
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ class StepRunner:
             return outcome
         start = time.perf_counter_ns()
         page_size = self._cache.shape.page_size
-        step = pack(spans, self._decisions.chunks, page_size, self._model.device)
+        step = pack(spans, page_size, self._model.device)
         output = self._model.forward(step, self._cache)
         outcome.forward_ns = time.perf_counter_ns() - start
         self._advance(spans, output, outcome)
@@ -103,14 +104,13 @@ class StepRunner:
 
     def reuse_prefix(self, sequence: Sequence) -> None:
         """Gives a new sequence the pages of its prompt that an earlier request computed alike; at least the prompt's
-        last token is left to compute. Raises as `Sequence.check_chunks`."""
-        chunks = self._decisions.chunks(sequence.request.id)
-        sequence.check_chunks(chunks)
+        last token is left to compute. Raises as `Sequence.follow`."""
+        sequence.follow(self._decisions.take_chunks(sequence.request.id))
         if sequence.request.prefill_logprobs:
             return
         size, prefix = self._cache.shape.page_size, self._cache.prefix
         adapter_hash = sequence.adapter.content_hash if sequence.adapter is not None else None
-        keys = [sequence.page_key(place, size, chunks) for place in range((len(sequence.ids) - 1) // size)]
+        keys = [sequence.page_key(place, size) for place in range((len(sequence.ids) - 1) // size)]
         nodes = prefix.match(adapter_hash, keys)
         sequence.pages = [node.page for node in nodes if node.page is not None]
         sequence.computed = len(nodes) * size
@@ -136,7 +136,7 @@ class StepRunner:
     def _follow_decisions(self, sequence: Sequence) -> None:
         """Checks new chunk decisions and rewrites the pages whose KV policy has become effective."""
         request_id = sequence.request.id
-        sequence.check_chunks(self._decisions.chunks(request_id))
+        sequence.follow(self._decisions.take_chunks(request_id))
         for decision in self._decisions.take_kv(request_id):
             sequence.permit_compression(decision)
         places = sequence.take_compressible_pages(self._cache.shape.page_size) if sequence.compressible else []
@@ -168,14 +168,17 @@ class StepRunner:
             outcome.signals.append(SequenceSignals(sequence.request.id, sequence.computed - 1, entropies[i], spread))
             self._keep_pages(sequence)
             if completes:
-                self._choose(sequence, output.logits[i], outcome)
+                self._guarded(outcome, sequence, partial(self._choose, logits=output.logits[i], outcome=outcome))
 
     def _keep_pages(self, sequence: Sequence) -> None:
-        """Puts pages that have become complete into the prefix cache."""
-        size, chunks = self._cache.shape.page_size, self._decisions.chunks(sequence.request.id)
-        while sequence.trail is not None and (sequence.trail.pages + 1) * size <= sequence.computed:
+        """Puts pages that have become complete into the prefix cache: those of the prompt, and those of the answer if
+        it is not steered. How an answer is steered follows from signals that a prompt does not have, so nobody could
+        reuse its pages."""
+        size = self._cache.shape.page_size
+        end = min(sequence.computed, sequence.prompt_tokens) if sequence.chunks else sequence.computed
+        while sequence.trail is not None and (sequence.trail.pages + 1) * size <= end:
             place = sequence.trail.pages
-            key = sequence.page_key(place, size, chunks)
+            key = sequence.page_key(place, size)
             node, sequence.pages[place] = self._cache.prefix.insert(sequence.trail.node, key, sequence.pages[place])
             sequence.trail = PrefixTrail(node, place + 1)
 

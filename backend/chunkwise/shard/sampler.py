@@ -1,5 +1,5 @@
-"""Chooses the next token of one request. Order of processing as in TGI: repetition penalty, frequency penalty,
-temperature, top-k, top-p, typical-p, choice."""
+"""Chooses the next token of one request. Order of processing as in TGI: watermark, repetition penalty, frequency
+penalty, grammar, temperature, top-k, top-p, typical-p, choice."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from chunkwise.core import SamplingParams
+from chunkwise.shard.grammar import GrammarState
+from chunkwise.shard.watermark import Watermark
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
@@ -39,21 +41,38 @@ def keep_typical(scores: Tensor, mass: float) -> Tensor:
 
 
 class TokenChooser:
-    """The sampling state of one request: its random generator and the tokens its penalties count.
+    """The sampling state of one request: its random generator, the tokens its penalties count, its grammar so far.
 
     The generator belongs to the request, so the same seed gives the same text whatever else is in the batch, and every
     tensor-parallel rank draws the same token from the same logits.
     """
 
-    def __init__(self, params: SamplingParams, prompt_ids: Sequence[int]) -> None:
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        grammar: GrammarState | None = None,
+        watermark: Watermark | None = None,
+    ) -> None:
         self._params = params
+        self._grammar = grammar
+        self._watermark = watermark
+        self._previous = prompt_ids[-1] if prompt_ids else 0
         self._random = torch.Generator().manual_seed(params.seed)
         self._penalises = params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0
         self._counts = Counter(prompt_ids) if self._penalises else Counter[int]()
 
     def choose(self, logits: Tensor) -> tuple[int, Tensor]:
-        """The next token for raw ``logits`` ``[V]`` (fp32, left as they are), and the processed log-probabilities."""
-        scores = self._warp(self._penalise(logits))
+        """The next token for raw ``logits`` ``[V]`` (fp32, left as they are), and the processed log-probabilities.
+
+        Raises:
+            InvalidRequest: the grammar cannot be followed any further; nothing has been chosen.
+        """
+        scores = logits if self._watermark is None else self._watermark.apply(logits, self._previous)
+        scores = self._penalise(scores)
+        if self._grammar is not None:
+            scores = self._grammar.mask(scores)
+        scores = self._warp(scores)
         log_p = scores.log_softmax(dim=-1)
         if self._params.samples:
             # argmax of p / Exp(1) draws from p without a host-side cumulative sum.
@@ -63,13 +82,16 @@ class TokenChooser:
             id = int(log_p.argmax().item())
         if self._penalises:
             self._counts[id] += 1
+        if self._grammar is not None:
+            self._grammar.advance(id)
+        self._previous = id
         return id, log_p
 
-    def _penalise(self, logits: Tensor) -> Tensor:
+    def _penalise(self, scores: Tensor) -> Tensor:
         if not self._penalises:
-            return logits
-        params, scores = self._params, logits.clone()
-        ids = torch.tensor(list(self._counts), device=logits.device)
+            return scores
+        params, scores = self._params, scores.clone()
+        ids = torch.tensor(list(self._counts), device=scores.device)
         seen = scores[ids]
         seen = torch.where(seen < 0, seen * params.repetition_penalty, seen / params.repetition_penalty)
         counts = torch.tensor(list(self._counts.values()), dtype=scores.dtype, device=scores.device)

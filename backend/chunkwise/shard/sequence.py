@@ -39,7 +39,7 @@ class Sequence:
     computed: int = 0
     pages: list[PageRef] = field(default_factory=list)
     trail: PrefixTrail | None = None
-    chunks_seen: int = 0
+    chunks: list[ChunkDecision] = field(default_factory=list)
     compressible: list[tuple[int, int]] = field(default_factory=list)
     prompt_logprobs: list[float] = field(default_factory=list)
 
@@ -53,46 +53,50 @@ class Sequence:
         """Tokens generated so far."""
         return len(self.ids) - self.prompt_tokens
 
-    def page_key(self, place: int, page_size: int, chunks: SequenceOf[ChunkDecision]) -> PageKey:
+    def page_key(self, place: int, page_size: int) -> PageKey:
         """What the content of page ``place`` depends on beside the pages before it: its tokens and their gates."""
         start = place * page_size
         tokens = tuple(self.ids[start : start + page_size])
         if self.adapter is None:
             return tokens, None
-        return tokens, gate_key(GatedSpan(0, page_size, start, self.adapter, chunks))
+        return tokens, gate_key(GatedSpan(0, page_size, start, self.adapter, self.chunks))
 
-    def check_chunks(self, chunks: SequenceOf[ChunkDecision]) -> None:
-        """Checks the chunk decisions that have become effective since the last call.
+    def follow(self, chunks: SequenceOf[ChunkDecision]) -> None:
+        """Takes over chunk decisions.
 
         Raises:
             SteeringViolation: a decision for a position that is computed already, or out of order.
             InvalidRung: a rung that the adapter's ladder lacks.
         """
-        for i in range(self.chunks_seen, len(chunks)):
-            chunk = chunks[i]
+        for chunk in chunks:
             if chunk.start < self.computed:
                 raise SteeringViolation(
                     f"a chunk of request {chunk.request_id} starts at position {chunk.start}, but {self.computed} "
                     "positions are computed already; decisions must name a later position"
                 )
-            if i and chunk.start <= chunks[i - 1].start:
+            if self.chunks and chunk.start <= self.chunks[-1].start:
                 raise SteeringViolation(
-                    f"chunks of request {chunk.request_id} start at {chunks[i - 1].start}, then at {chunk.start}; "
+                    f"chunks of request {chunk.request_id} start at {self.chunks[-1].start}, then at {chunk.start}; "
                     "starts must ascend"
                 )
             if self.adapter is not None:
                 self.adapter.rung_index(chunk.rung)
-        self.chunks_seen = len(chunks)
+            self.chunks.append(chunk)
 
     def permit_compression(self, decision: KvDecision) -> None:
         """Adds a chunk's range to what may be stored in 8 bits; adjacent ranges join. Raises SteeringViolation for a
-        range that is not computed yet."""
+        range that is not computed yet or does not follow the ranges before it."""
         if decision.format is KvFormat.FULL:
             return
         if not decision.start < decision.end <= self.computed:
             raise SteeringViolation(
                 f"KV decision of request {decision.request_id} covers [{decision.start}, {decision.end}); "
                 f"it must be a non-empty range within the {self.computed} computed positions"
+            )
+        if self.compressible and decision.start < self.compressible[-1][1]:
+            raise SteeringViolation(
+                f"KV decision of request {decision.request_id} starts at {decision.start}, but an earlier one ends at "
+                f"{self.compressible[-1][1]}; ranges must ascend without overlap"
             )
         start = decision.start
         if self.compressible and self.compressible[-1][1] == start:

@@ -1,7 +1,7 @@
 """The gRPC face of a shard: generate.v3 and steering.v1 on one socket. Translates and serialises; decides nothing.
 
-The event loop only translates. Everything that touches the model runs on one worker thread, in order of arrival, so
-Health and the Steer stream are answered while a step runs.
+The event loop only translates. Everything that touches the model runs on the lane's thread, so Health and the Steer
+stream are answered while a step runs.
 """
 
 from __future__ import annotations
@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
 import grpc
+from google.protobuf.message import Message
 
 from chunkwise import wire
 from chunkwise.core import ChunkwiseError, InvalidRequest, SteeringViolation, StepSignals
@@ -21,8 +22,9 @@ from chunkwise.pb import generate_pb2 as pb
 from chunkwise.pb import generate_pb2_grpc as pb_grpc
 from chunkwise.pb import steering_pb2 as steer_pb
 from chunkwise.pb import steering_pb2_grpc as steer_grpc
-from chunkwise.shard.decisions import DecisionTable
+from chunkwise.shard.decisions import DecisionTable, SteeringSession
 from chunkwise.shard.engine import Engine
+from chunkwise.shard.lane import Lane, call_key
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,22 +39,24 @@ _STATUS: dict[type[Exception], grpc.StatusCode] = {
 
 
 class SignalOutlet:
-    """Hands step signals from the worker thread to the open Steer stream; without one they are dropped."""
+    """Hands step signals to the open Steer stream; without one they are dropped. For the event loop's thread alone."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+    def __init__(self) -> None:
         self._queue: asyncio.Queue[StepSignals] | None = None
 
-    def open(self) -> asyncio.Queue[StepSignals]:
-        """A fresh queue; an earlier stream gets no more signals."""
-        self._queue = asyncio.Queue()
-        return self._queue
+    @contextmanager
+    def open(self) -> Iterator[asyncio.Queue[StepSignals]]:
+        """A queue that gets all signals from now on; an earlier one gets no more."""
+        queue: asyncio.Queue[StepSignals] = asyncio.Queue()
+        self._queue = queue
+        try:
+            yield queue
+        finally:
+            if self._queue is queue:
+                self._queue = None
 
     def send(self, signals: StepSignals) -> None:
-        """Callable from any thread."""
-        self._loop.call_soon_threadsafe(self._put, signals)
-
-    def _put(self, signals: StepSignals) -> None:
+        """Passes the signals of one step on."""
         if self._queue is not None:
             self._queue.put_nowait(signals)
 
@@ -67,27 +71,34 @@ class SteeringService(steer_grpc.SteeringServiceServicer):
     async def Steer(
         self, request_iterator: AsyncIterator[steer_pb.SteeringUpdate], context: Context
     ) -> AsyncIterator[steer_pb.StepSignals]:
-        """One session; ends with the client's side of the stream."""
-        self._decisions.start_session()
-        queue = self._outlet.open()
-        receiving = asyncio.ensure_future(self._receive(request_iterator))
+        """One session; ends with the client's side of the stream, or with its first mistake."""
+        receiving = asyncio.ensure_future(self._receive(self._decisions.start_session(), request_iterator))
         try:
-            while True:
-                signals = asyncio.ensure_future(queue.get())
-                await asyncio.wait({signals, receiving}, return_when=asyncio.FIRST_COMPLETED)
-                if not signals.done():
-                    signals.cancel()
-                    break
-                yield wire.signals_to_pb(signals.result())
-            receiving.result()
+            with self._outlet.open() as queue:
+                async for signals in self._until(receiving, queue):
+                    yield wire.signals_to_pb(signals)
+            await receiving
         except SteeringViolation as error:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         finally:
             receiving.cancel()
 
-    async def _receive(self, updates: AsyncIterator[steer_pb.SteeringUpdate]) -> None:
+    @staticmethod
+    async def _until(ended: asyncio.Future[None], queue: asyncio.Queue[StepSignals]) -> AsyncIterator[StepSignals]:
+        while True:
+            following = asyncio.ensure_future(queue.get())
+            try:
+                waited: tuple[asyncio.Future[Any], ...] = (following, ended)
+                await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
+                if not following.done():
+                    return
+                yield following.result()
+            finally:
+                following.cancel()
+
+    async def _receive(self, session: SteeringSession, updates: AsyncIterator[steer_pb.SteeringUpdate]) -> None:
         async for update in updates:
-            self._decisions.receive(wire.update_from_pb(update))
+            self._decisions.receive(session, wire.update_from_pb(update))
 
 
 class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
@@ -103,13 +114,15 @@ class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
         self._urls = urls
         self._outlet = outlet
         self._emits_signals = emits_signals
-        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="engine")
+        self._lane = Lane(engine.group)
 
-    async def _work(self, context: Context, act: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Runs ``act`` on the worker thread; an error ends the call with the gRPC status of its type."""
-        loop = asyncio.get_running_loop()
+    async def _work(
+        self, context: Context, request: Message, act: Callable[P, R], *args: P.args, **kwargs: P.kwargs
+    ) -> R:
+        """Runs ``act`` when its turn has come; an error ends the call with the gRPC status of its type."""
         try:
-            return await loop.run_in_executor(self._worker, functools.partial(act, *args, **kwargs))
+            key = call_key(type(request).__name__, request)
+            return await self._lane.run(key, functools.partial(act, *args, **kwargs))
         except ChunkwiseError as error:
             await context.abort(_STATUS.get(type(error), grpc.StatusCode.INTERNAL), str(error))
         except Exception as error:
@@ -138,13 +151,18 @@ class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
     async def ClearCache(self, request: pb.ClearCacheRequest, context: Context) -> pb.ClearCacheResponse:
         """As in generate.v3."""
         batch_id = request.id if request.HasField("id") else None
-        await self._work(context, self._engine.clear_cache, batch_id, request.steering_seq)
+        await self._work(context, request, self._engine.clear_cache, batch_id, request.steering_seq)
         return pb.ClearCacheResponse()
 
     async def FilterBatch(self, request: pb.FilterBatchRequest, context: Context) -> pb.FilterBatchResponse:
         """As in generate.v3."""
         batch = await self._work(
-            context, self._engine.filter_batch, request.batch_id, tuple(request.request_ids), request.steering_seq
+            context,
+            request,
+            self._engine.filter_batch,
+            request.batch_id,
+            tuple(request.request_ids),
+            request.steering_seq,
         )
         return pb.FilterBatchResponse(batch=wire.cached_batch_to_pb(batch))
 
@@ -152,6 +170,7 @@ class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
         """As in generate.v3."""
         limits = await self._work(
             context,
+            request,
             self._engine.warmup,
             [wire.request_from_pb(r) for r in request.batch.requests],
             request.max_prefill_tokens,
@@ -168,6 +187,7 @@ class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
         """As in generate.v3."""
         result, signals = await self._work(
             context,
+            request,
             self._engine.prefill,
             request.batch.id,
             [wire.request_from_pb(r) for r in request.batch.requests],
@@ -181,7 +201,12 @@ class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
     async def Decode(self, request: pb.DecodeRequest, context: Context) -> pb.DecodeResponse:
         """As in generate.v3."""
         result, signals = await self._work(
-            context, self._engine.decode, [batch.id for batch in request.batches], request.steering_seq, request.step
+            context,
+            request,
+            self._engine.decode,
+            [batch.id for batch in request.batches],
+            request.steering_seq,
+            request.step,
         )
         self._report(signals)
         return wire.result_to_decode_pb(result)
@@ -190,10 +215,11 @@ class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
 def build_server(
     engine: Engine, decisions: DecisionTable, urls: tuple[str, ...], *, emits_signals: bool
 ) -> grpc.aio.Server:
-    """A server with both services, bound to nothing yet; call from a running event loop."""
-    outlet = SignalOutlet(asyncio.get_running_loop())
-    unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
-    server = grpc.aio.server(options=unlimited)
+    """A server with both services, bound to nothing yet."""
+    outlet = SignalOutlet()
+    # Without SO_REUSEPORT a second server on the same port fails instead of taking half of the calls.
+    options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
+    server = grpc.aio.server(options=options)
     pb_grpc.add_TextGenerationServiceServicer_to_server(
         TextGenerationService(engine, urls, outlet, emits_signals=emits_signals), server
     )

@@ -22,7 +22,8 @@ class RankSelector:
     """Chooses among the rungs of ``adapter``.
 
     Wanted rank: ``min_rank · (max_rank / min_rank) ** complexity``, both bounds cut to the trained rank. The choice is
-    the smallest rung that is at least the wanted rank, or the largest rung if none is.
+    the smallest rung that is at least the wanted rank, or the largest rung if none is. Below the complexity
+    ``skip_below`` it is rung 0, if the ladder has one: the adapter is skipped.
 
     Scale: ``(E / E_k) ** (energy_exponent / 2)`` with E_k the squared singular values kept at the rung and E those of
     the largest rung, so exponent 1 restores the Frobenius norm of the full update. Where nothing is kept, it is 1.
@@ -40,6 +41,7 @@ class RankSelector:
             )
         self._min_rank = min(policy.min_rank, adapter.trained_rank)
         self._max_rank = min(policy.max_rank or adapter.trained_rank, adapter.trained_rank)
+        self._skip_below = policy.skip_below if adapter.rungs[0] == 0 else 0.0
         self._rungs = adapter.rungs
         total = adapter.kept_energy[-1]
         self._choices = tuple(
@@ -49,6 +51,8 @@ class RankSelector:
 
     def select(self, complexity: float) -> RankChoice:
         """The choice for ``complexity`` in [0, 1]; its rung never falls when the complexity rises."""
+        if complexity < self._skip_below:
+            return self._choices[0]
         wanted = self._min_rank * (self._max_rank / self._min_rank) ** complexity
         # Rounding may carry a power just above its bound, where the next rung would be taken for nothing.
         index = bisect_left(self._rungs, min(wanted, self._max_rank))

@@ -67,7 +67,7 @@ async def test_validation_errors_of_a_stream_are_events(model_dir: Path) -> None
 
 
 async def test_other_http_errors_are_json_too(model_dir: Path) -> None:
-    limits = Limits(payload_bytes=1000)
+    limits = Limits(payload_limit=1000)
     async with http(FakeShards(), model_dir, limits=limits) as client:
         error = await error_of(await client.get("/nowhere"), 404)
         assert error == {"error": "no route /nowhere", "error_type": "not_found"}
@@ -159,3 +159,33 @@ async def test_models_are_the_base_and_the_adapters(model_dir: Path) -> None:
         assert models["object"] == "list"
         assert [model["id"] for model in models["data"]] == ["toy/model", "law", "med"]
         assert models["data"][1] == {"id": "law", "object": "model", "created": 0, "owned_by": "toy/model"}
+
+
+async def test_pages_of_any_origin_may_call(model_dir: Path) -> None:
+    async with http(FakeShards(), model_dir) as client:
+        preflight = await client.options(
+            "/generate", headers={"Origin": "http://x", "Access-Control-Request-Method": "POST"}
+        )
+        assert preflight.status == 200
+        assert "POST" in preflight.headers["Access-Control-Allow-Methods"]
+        assert preflight.headers["Access-Control-Allow-Origin"] == "*"
+        assert (await client.get("/info")).headers["Access-Control-Allow-Origin"] == "*"
+
+
+async def test_a_body_that_is_not_what_its_encoding_says(model_dir: Path) -> None:
+    async with http(FakeShards(), model_dir) as client:
+        headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+        assert (
+            "Content-Encoding"
+            in (await error_of(await client.post("/generate", data=b"junk", headers=headers), 400))["error"]
+        )
+
+
+async def test_best_of_takes_one_place_and_counts_once(model_dir: Path) -> None:
+    async with http(FakeShards(), model_dir, limits=Limits(max_concurrent_requests=1)) as client:
+        body = {"inputs": "x", "parameters": {"max_new_tokens": 2, "best_of": 2, "do_sample": True, "details": True}}
+        response = await client.post("/generate", json=body)
+        assert response.status == 200
+        assert len((await response.json())["details"]["best_of_sequences"]) == 1
+        metrics = await (await client.get("/metrics")).text()
+        assert "tgi_request_duration_count 1.0" in metrics

@@ -38,7 +38,7 @@ async def test_every_value_is_one_data_line() -> None:
         response = await client.get("/")
         assert response.headers["x-extra"] == "1"
         assert response.headers["Content-Type"] == "text/event-stream"
-        assert (await response.read()).decode() == 'data:{"text": "line\\nbreak"}\n\ndata:{"text": "é"}\n\n'
+        assert (await response.read()).decode() == 'data:{"text": "line\\nbreak"}\n\ndata:{"text": "\\u00e9"}\n\n'
 
 
 async def test_a_pause_is_filled_with_comments_and_loses_nothing() -> None:

@@ -294,6 +294,24 @@ async def test_a_request_that_the_shard_refuses_is_422(model_dir: Path) -> None:
         assert body == {"error": "Input validation error: not this one", "error_type": "validation"}
 
 
+async def test_a_grammar_that_the_shard_refuses_is_422_and_harms_nobody(model_dir: Path) -> None:
+    shards = FakeShards(errors={"bad": RequestError("grammar (regex) '(' cannot be used", "validation")})
+    async with http(shards, model_dir) as client:
+
+        async def ask(prompt: str, pattern: str, path: str = "/generate") -> ClientResponse:
+            parameters = {"max_new_tokens": 9, "grammar": {"type": "regex", "value": pattern}, "watermark": True}
+            response: ClientResponse = await client.post(path, json={"inputs": prompt, "parameters": parameters})
+            return response
+
+        good, bad, stream = await asyncio.gather(
+            ask("hi", "[a-z]+"), ask("bad", "("), ask("bad", "(", "/generate_stream")
+        )
+        assert await json_of(good) == {"generated_text": expected("hi", 9)}
+        error = {"error": "Input validation error: grammar (regex) '(' cannot be used", "error_type": "validation"}
+        assert await json_of(bad, 422) == error
+        assert await sse_of(stream) == [error]
+
+
 async def test_too_many_requests_are_429(model_dir: Path) -> None:
     shards = FakeShards()
     async with http(shards, model_dir, limits=Limits(max_concurrent_requests=1)) as client:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,10 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from chunkwise.config.settings import Limits
-from chunkwise.core import InvalidRequest, UnknownAdapter
+from chunkwise.core import Grammar, InvalidRequest, UnknownAdapter
 from chunkwise.router.api.schema import GenerateBody, GenerateParameters
 from chunkwise.router.api.validation import Validator
 from chunkwise.tokenizer import Tokenizer
@@ -40,8 +42,13 @@ def validator(model_dir: Path) -> Validator:
         ({"top_p": 0.0}, r"`top_p` must be > 0 and < 1\. Given: 0\.0"),
         ({"top_p": 1.0}, "`top_p` must be > 0 and < 1"),
         ({"typical_p": 1.5}, "`typical_p` must be > 0 and < 1"),
-        ({"watermark": True}, "`watermark` is not supported yet"),
-        ({"grammar": {"type": "regex", "value": "a"}}, "`grammar` is not supported yet"),
+        ({"grammar": {"type": "json", "value": "{"}}, "`grammar` is not valid JSON: .*Given: {; correct it"),
+        ({"grammar": {"type": "json", "value": "7"}}, "`grammar` must be a JSON schema with `properties`. Given: 7"),
+        ({"grammar": {"type": "json", "value": "[" * 9000}}, "`grammar` is not valid JSON"),
+        ({"grammar": {"type": "json_object", "value": {"type": "object"}}}, "schema with `properties`"),
+        ({"grammar": {"type": "json", "value": {"properties": ["a"]}}}, "schema with `properties`"),
+        ({"grammar": {"type": "json", "value": {"properties": {"a": {"const": float("nan")}}}}}, "not valid JSON"),
+        ({"grammar": {"type": "json_schema", "value": {"name": "n", "schema": {}}}}, "schema with `properties`"),
         ({"max_new_tokens": 0}, "`max_new_tokens` must be > 0. Given: 0"),
         ({"max_new_tokens": 126}, r"must be <= 128\. Given: 3 `inputs` tokens and 126.*at most 125 new tokens"),
         ({"max_new_tokens": 5000}, r"must be <= 128\. Given: 3 `inputs` tokens and 5000"),
@@ -93,6 +100,58 @@ async def test_the_longest_prompt_is_accepted_and_truncation_makes_any_prompt_fi
     assert valid.input_length == 100
 
 
+SCHEMA = {"properties": {"b": {"enum": [None, "é"]}, "a": {}}, "type": "object"}
+
+
+@pytest.mark.parametrize(
+    ("grammar", "expected"),
+    [
+        ({"type": "regex", "value": "(a|é)+"}, Grammar("regex", "(a|é)+")),
+        ({"type": "regex", "value": "("}, Grammar("regex", "(")),  # the shards know better
+        ({"type": "regex", "value": ""}, None),
+    ],
+)
+async def test_a_regex_reaches_the_shard_unchanged(
+    validator: Validator, grammar: dict[str, Any], expected: Grammar | None
+) -> None:
+    request = (await validator.validate("hi", GenerateParameters(grammar=grammar), stream=False)).generation
+    assert request.sampling.grammar == expected
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        {"type": "json", "value": SCHEMA},
+        {"type": "json", "value": json.dumps(SCHEMA)},
+        {"type": "json_object", "value": SCHEMA},
+        {"type": "json_schema", "value": {"name": "thing", "schema": SCHEMA}},
+        {"type": "json_schema", "value": {"schema": {"properties": SCHEMA["properties"]}}},
+    ],
+)
+async def test_a_schema_may_be_given_in_all_of_tgis_ways(validator: Validator, grammar: dict[str, Any]) -> None:
+    body = GenerateBody.model_validate_json(json.dumps({"inputs": "hi", "parameters": {"grammar": grammar}}))
+    got = (await validator.validate("hi", body.parameters, stream=True)).generation.sampling.grammar
+    assert got is not None
+    assert got.kind == "json"
+    assert json.loads(got.value) == SCHEMA
+    assert list(json.loads(got.value)["properties"]) == ["b", "a"], "the order of an answer's properties"
+
+
+async def test_grammars_can_be_switched_off(validator: Validator) -> None:
+    strict = replace(validator, limits=Limits(disable_grammar_support=True))
+    for grammar in ({"type": "regex", "value": "a"}, {"type": "json", "value": SCHEMA}):
+        with pytest.raises(InvalidRequest, match="`grammar` is not supported by this server; leave it out"):
+            await strict.validate("hi", GenerateParameters(grammar=grammar), stream=False)
+
+
+@pytest.mark.parametrize(
+    "grammar", ["a", {"value": "a"}, {"type": "regex"}, {"type": "xml", "value": "a"}, {"type": "regex", "value": {}}]
+)
+def test_a_grammar_of_another_shape_is_no_body(grammar: Any) -> None:
+    with pytest.raises(ValidationError, match="grammar"):
+        GenerateBody.model_validate({"inputs": "hi", "parameters": {"grammar": grammar}})
+
+
 async def test_an_unknown_adapter_is_told_which_ones_there_are(validator: Validator) -> None:
     with pytest.raises(UnknownAdapter, match=r"`adapter_id` 'tax' is not resident\. Resident adapters: law, med"):
         await validator.validate("hi", GenerateParameters(adapter_id="tax"), stream=False)
@@ -106,6 +165,7 @@ async def test_defaults_are_neutral(validator: Validator) -> None:
     assert (request.sampling.repetition_penalty, request.sampling.frequency_penalty) == (1.0, 0.0)
     assert request.stopping.max_new_tokens == 125
     assert (request.adapter_id, request.top_n_tokens, request.chunk_len) == (None, 0, None)
+    assert (request.sampling.watermark, request.sampling.grammar) == (False, None)
     assert request.sampling.seed == 42
     assert len(request.prompt_ids or ()) == 3
 
@@ -125,6 +185,7 @@ VALID = st.fixed_dictionaries(
         "truncate": st.integers(1, 100),
         "seed": st.integers(0, 2**64 - 1),
         "top_n_tokens": st.integers(0, 5),
+        "watermark": st.booleans(),
         "adapter_id": st.sampled_from(["", "law", "med"]),
     },
 )
@@ -139,6 +200,7 @@ async def test_every_valid_value_reaches_the_shard_unchanged(model_dir: Path, wa
     for name in ("temperature", "repetition_penalty", "frequency_penalty", "top_k", "top_p", "typical_p", "seed"):
         if name in wanted:
             assert getattr(sampling, name) == wanted[name]
+    assert sampling.watermark == wanted.get("watermark", False)
     assert request.stopping.stop_sequences == tuple(wanted.get("stop", ()))
     assert request.stopping.max_new_tokens == wanted.get("max_new_tokens", 128 - len(request.prompt_ids or ()))
     assert request.adapter_id == (wanted.get("adapter_id") or None)

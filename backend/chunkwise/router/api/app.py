@@ -30,10 +30,32 @@ def guarded(handler: Handler) -> Handler:
     return check_key
 
 
+async def _finish_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Lets pages of any origin read the answer, as TGI does by default, and ends kept-alive connections of a server
+    that is shutting down."""
+    response.headers.setdefault("Access-Control-Allow-Origin", "*")
+    if request.app[SERVING].loop.stopped is not None:
+        response.force_close()
+        response.headers["Connection"] = "close"
+
+
+@web.middleware
+async def preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answers a browser's question whether it may POST here; everything else goes on."""
+    if request.method != "OPTIONS":
+        return await handler(request)
+    headers = {
+        "Access-Control-Allow-Methods": "GET, POST",
+        "Access-Control-Allow-Headers": "content-type, authorization",
+    }
+    return web.Response(headers=headers)
+
+
 def build_app(serving: Serving) -> web.Application:
     """The application. Run it with ``handler_cancellation``: that is how a client that goes away leaves the batch."""
-    app = web.Application(middlewares=[json_errors], client_max_size=serving.settings.limits.payload_bytes)
+    app = web.Application(middlewares=[preflight, json_errors], client_max_size=serving.settings.limits.payload_limit)
     app[SERVING] = serving
+    app.on_response_prepare.append(_finish_headers)
     app.add_routes(
         [
             web.post("/", guarded(tgi.compat_generate)),

@@ -37,6 +37,7 @@ class Timings:
 class Completion:
     """A whole answer."""
 
+    prefill: tuple[Token, ...]
     tokens: tuple[Token, ...]
     top_tokens: tuple[tuple[Token, ...], ...]
     text: GeneratedText
@@ -70,18 +71,20 @@ async def received(
     """Validates a request and counts it, its errors and its going away.
 
     Raises:
+        Overloaded: as many requests as allowed are inside the server.
         InvalidRequest: see `Validator.validate`.
     """
     metrics, clock = serving.metrics, serving.loop.clock
     metrics.request_count.inc()
     began = clock()
     try:
-        valid = await serving.validator.validate(inputs, parameters, stream=stream)
-        validation = clock() - began
-        metrics.validation_duration.observe(validation)
-        metrics.input_length.observe(valid.input_length)
-        metrics.max_new_tokens.observe(valid.generation.stopping.max_new_tokens)
-        yield Arrival(valid, began, validation)
+        with serving.permits.hold():
+            valid = await serving.validator.validate(inputs, parameters, stream=stream)
+            validation = clock() - began
+            metrics.validation_duration.observe(validation)
+            metrics.input_length.observe(valid.input_length)
+            metrics.max_new_tokens.observe(valid.generation.stopping.max_new_tokens)
+            yield Arrival(valid, began, validation)
     except (asyncio.CancelledError, GeneratorExit):
         metrics.request_failure.inc("dropped")
         raise
@@ -124,11 +127,13 @@ def record(serving: Serving, timings: Timings, text: GeneratedText) -> None:
 
 async def _collect_one(serving: Serving, arrival: Arrival) -> Completion:
     answer = serving.loop.submit(arrival.valid.generation)
+    prefill: tuple[Token, ...] = ()
     tokens: list[Token] = []
     tops: list[tuple[Token, ...]] = []
     ending: Ending | None = None
     try:
         async for event in answer:
+            prefill = prefill or event.prefill_tokens
             tokens.append(event.token)
             tops.append(event.top_tokens)
             ending = event.ending
@@ -136,9 +141,8 @@ async def _collect_one(serving: Serving, arrival: Arrival) -> Completion:
         answer.cancel()
     assert ending is not None, "iteration ends with the ending or with an error"
     timings = arrival.timings(answer, serving.loop.clock())
-    record(serving, timings, ending.text)
     top_tokens = tuple(tops) if arrival.valid.generation.top_n_tokens else ()
-    return Completion(tuple(tokens), top_tokens, ending.text, ending.report, timings)
+    return Completion(prefill, tuple(tokens), top_tokens, ending.text, ending.report, timings)
 
 
 def _reseeded(valid: ValidRequest, seed: int) -> ValidRequest:

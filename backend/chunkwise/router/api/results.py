@@ -26,6 +26,11 @@ def token_json(token: Token) -> Json:
     return {"id": token.id, "text": token.text, "logprob": logprob, "special": token.special}
 
 
+def _prefill_json(token: Token) -> Json:
+    """One prompt token; TGI does not say here whether it is special."""
+    return {key: value for key, value in token_json(token).items() if key != "special"}
+
+
 def report_json(report: SteeringReport) -> Json:
     """The two opt-in keys of ``details``."""
     chunks = [
@@ -58,9 +63,11 @@ def _ending_json(text: GeneratedText) -> Json:
 
 
 def _sequence_json(completion: Completion) -> Json:
-    # Prompt logprobs are not computed, so `prefill` is what TGI sends without --enable-prefill-logprobs.
     body = _ending_json(completion.text)
-    body |= {"prefill": [], "tokens": [token_json(token) for token in completion.tokens]}
+    body |= {
+        "prefill": [_prefill_json(token) for token in completion.prefill],
+        "tokens": [token_json(token) for token in completion.tokens],
+    }
     if completion.top_tokens:
         body["top_tokens"] = [[token_json(token) for token in top] for top in completion.top_tokens]
     return body

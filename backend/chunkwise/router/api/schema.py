@@ -5,7 +5,7 @@ As in TGI, unknown keys are ignored; an explicit null means that the key is abse
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -20,6 +20,37 @@ class _Body(BaseModel):
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
         return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+class RegexGrammar(_Body):
+    """A regular expression that the whole answer matches."""
+
+    type: Literal["regex"]
+    value: str
+
+
+class JsonGrammar(_Body):
+    """A JSON schema that the answer fits, as an object or as its text."""
+
+    type: Literal["json", "json_object"]
+    value: dict[str, Any] | str
+
+
+class NamedSchema(_Body):
+    """A JSON schema with a name that nobody uses."""
+
+    name: str | None = None
+    content: dict[str, Any] = Field(alias="schema")
+
+
+class JsonSchemaGrammar(_Body):
+    """A named JSON schema that the answer fits."""
+
+    type: Literal["json_schema"]
+    value: NamedSchema
+
+
+GrammarBody = Annotated[RegexGrammar | JsonGrammar | JsonSchemaGrammar, Field(discriminator="type")]
 
 
 class GenerateParameters(_Body):
@@ -42,7 +73,7 @@ class GenerateParameters(_Body):
     decoder_input_details: bool = False
     seed: Seed | None = None
     top_n_tokens: Unsigned | None = None
-    grammar: dict[str, Any] | None = None
+    grammar: GrammarBody | None = None
     adapter_id: str | None = None
     chunk_details: bool = False
 

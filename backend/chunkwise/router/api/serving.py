@@ -11,6 +11,7 @@ from chunkwise.core import ShardInfo
 from chunkwise.router.api.validation import Validator
 from chunkwise.router.loop import Loop
 from chunkwise.router.metrics import Metrics
+from chunkwise.router.permits import Permits
 from chunkwise.router.shard_group import Shards
 
 
@@ -24,6 +25,7 @@ class Serving:
     loop: Loop
     validator: Validator
     metrics: Metrics
+    permits: Permits
 
     @property
     def compute_type(self) -> str:

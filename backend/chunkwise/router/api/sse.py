@@ -55,4 +55,4 @@ async def stream_events(
 
 
 async def _send(response: web.StreamResponse, event: Mapping[str, Any]) -> None:
-    await response.write(b"data:" + json.dumps(event, ensure_ascii=False).encode() + b"\n\n")
+    await response.write(b"data:" + json.dumps(event).encode() + b"\n\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator
 from typing import Any, TypeVar
 
@@ -32,6 +33,8 @@ async def read_body(request: web.Request, kind: type[_B]) -> _B:
         raise WrongContentType(f"Content-Type is {request.content_type!r}; send application/json")
     try:
         return kind.model_validate_json(await request.read())
+    except web.RequestPayloadError as error:
+        raise MalformedBody(f"the body is not what Content-Encoding says: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -61,13 +64,19 @@ async def compat_generate(request: web.Request) -> web.StreamResponse:
 async def tokenize(request: web.Request) -> web.Response:
     """``POST /tokenize``."""
     body = await read_body(request, GenerateBody)
-    pieces = await asyncio.to_thread(request.app[SERVING].validator.tokenizer.offsets, body.inputs)
-    return web.json_response([dict(zip(("id", "text", "start", "stop"), piece, strict=True)) for piece in pieces])
+    tokenizer = request.app[SERVING].validator.tokenizer
+
+    def pieces() -> str:
+        keys = ("id", "text", "start", "stop")
+        return json.dumps([dict(zip(keys, piece, strict=True)) for piece in tokenizer.offsets(body.inputs)])
+
+    return web.json_response(text=await asyncio.to_thread(pieces))
 
 
 async def _complete(serving: Serving, body: GenerateBody, *, listed: bool) -> web.Response:
     async with received(serving, body.inputs, body.parameters, stream=False) as arrival:
         completions = await collect(serving, arrival)
+        record(serving, completions[0].timings, completions[0].text)
     content = completion_json(completions, body.inputs, body.parameters)
     headers = _base_headers(serving, body) | _timing_headers(completions, arrival.valid.input_length)
     return web.json_response([content] if listed else content, headers=headers)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from chunkwise.config.settings import Limits
 from chunkwise.core import (
     AdapterInfo,
     GenerationRequest,
+    Grammar,
     InvalidRequest,
     SamplingParams,
     StoppingParams,
     UnknownAdapter,
     WarmupLimits,
 )
-from chunkwise.router.api.schema import GenerateParameters
+from chunkwise.router.api.schema import GenerateParameters, GrammarBody, JsonSchemaGrammar, RegexGrammar
 from chunkwise.tokenizer import Tokenizer
 
 # TGI checks a longer wish as if it were this long, and ends the answer at max_total_tokens.
@@ -26,6 +29,20 @@ _CHECKED_NEW_TOKENS = 1024
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InvalidRequest(message)
+
+
+def _schema_text(value: dict[str, Any] | str) -> str:
+    """The schema of an object as JSON. Its properties keep their order, which is that of the answer."""
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        _require(
+            isinstance(schema, dict) and isinstance(schema.get("properties"), dict),
+            f"`grammar` must be a JSON schema with `properties`. Given: {value!s:.100}; describe an object",
+        )
+        # By the letter, a schema that names no type admits numbers and strings too; who lists properties means objects.
+        return json.dumps({"type": "object", **schema}, separators=(",", ":"), allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"`grammar` is not valid JSON: {error}. Given: {value!s:.100}; correct it") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +97,7 @@ class Validator:
             add_special_tokens=add_special_tokens,
             adapter_id=adapter_id,
             top_n_tokens=parameters.top_n_tokens or 0,
+            prefill_logprobs=parameters.decoder_input_details,
         )
         return ValidRequest(request, best_of)
 
@@ -115,8 +133,6 @@ class Validator:
                 value is None or 0 < value < 1,
                 f"`{name}` must be > 0 and < 1. Given: {value}; leave it out to switch it off",
             )
-        _require(not p.watermark, "`watermark` is not supported yet. Given: true; leave it out")
-        _require(p.grammar is None, "`grammar` is not supported yet; leave it out")
         neutral = SamplingParams()
         return SamplingParams(
             temperature=neutral.temperature if p.temperature is None else p.temperature,
@@ -127,7 +143,17 @@ class Validator:
             seed=self.draw_seed() if p.seed is None else p.seed,
             repetition_penalty=neutral.repetition_penalty if p.repetition_penalty is None else p.repetition_penalty,
             frequency_penalty=neutral.frequency_penalty if penalty is None else penalty,
+            watermark=p.watermark,
+            grammar=None if p.grammar is None else self._grammar(p.grammar),
         )
+
+    def _grammar(self, grammar: GrammarBody) -> Grammar | None:
+        """The grammar as the shards take it; whether they can follow it is theirs to say. An empty one is none."""
+        _require(not self.limits.disable_grammar_support, "`grammar` is not supported by this server; leave it out")
+        if isinstance(grammar, RegexGrammar):
+            return Grammar("regex", grammar.value) if grammar.value else None
+        value = grammar.value.content if isinstance(grammar, JsonSchemaGrammar) else grammar.value
+        return Grammar("json", _schema_text(value))
 
     def _check_rest(self, p: GenerateParameters, stream: bool) -> None:
         limits = self.limits

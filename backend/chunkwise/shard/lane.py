@@ -1,0 +1,98 @@
+"""One thread that runs everything that touches the model, one call after another, in the same order on every rank.
+
+Calls reach the ranks over separate connections, so two that overlap (TGI's liveness Prefill beside a Decode) may arrive
+in different orders. Ranks that ran them so would mix the halves of two steps without noticing; so rank 0's order is
+made known before each call, and the others wait for the call it names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from hashlib import blake2b
+from typing import Any, TypeVar
+
+from google.protobuf.message import Message
+
+from chunkwise.core import GenerationFailed
+from chunkwise.model.parallel import Group
+
+R = TypeVar("R")
+
+
+def call_key(method: str, request: Message) -> int:
+    """A number that is the same for the same call on every rank."""
+    digest = blake2b(method.encode() + request.SerializeToString(deterministic=True), digest_size=7)
+    return int.from_bytes(digest.digest(), "big")
+
+
+class _Call:
+    """A call that waits for its turn."""
+
+    def __init__(self, key: int, act: Callable[[], Any]) -> None:
+        self.key = key
+        self.result: Future[Any] = Future()
+        self._act = act
+
+    def run(self) -> None:
+        try:
+            self.result.set_result(self._act())
+        except BaseException as error:
+            self.result.set_exception(error)
+
+
+class Lane:
+    """Args:
+    group: the ranks that must agree on the order.
+    timeout_seconds: how long a rank waits for a call that rank 0 is running.
+    """
+
+    def __init__(self, group: Group, timeout_seconds: float = 60.0) -> None:
+        self._group = group
+        self._timeout = timeout_seconds
+        self._arrived = threading.Condition()
+        self._waiting: deque[_Call] = deque()
+        threading.Thread(target=self._work, name="engine", daemon=True).start()
+
+    async def run(self, key: int, act: Callable[[], R]) -> R:
+        """The result of ``act``, once its turn has come. It runs even if the caller stops waiting: the other ranks run
+        it too.
+
+        Raises:
+            GenerationFailed: rank 0 ran a call that never reached this rank.
+        """
+        call = _Call(key, act)
+        with self._arrived:
+            self._waiting.append(call)
+            self._arrived.notify_all()
+        result: R = await asyncio.shield(asyncio.wrap_future(call.result))
+        return result
+
+    def _work(self) -> None:
+        while True:
+            with self._arrived:
+                self._arrived.wait_for(lambda: self._waiting)
+                oldest = self._waiting[0]
+            try:
+                call = self._take(self._group.first(oldest.key))
+            except Exception as error:
+                self._take(oldest.key).result.set_exception(error)
+                continue
+            call.run()
+
+    def _take(self, key: int) -> _Call:
+        def find() -> _Call | None:
+            return next((call for call in self._waiting if call.key == key), None)
+
+        with self._arrived:
+            call = self._arrived.wait_for(find, self._timeout)
+            if call is None:
+                raise GenerationFailed(
+                    f"rank 0 runs a call that did not reach rank {self._group.rank} within {self._timeout:g} s; "
+                    "send every call to all shards"
+                )
+            self._waiting.remove(call)
+            return call
