@@ -89,7 +89,13 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     prompt = tokenizer.decode(ids)
     assert tokenizer(prompt)["input_ids"] == ids, "the prompt must survive the round trip to be the same for both"
     peft = Peft(args.model, args.adapter)
-    flags = ("--dtype=float32", f"--threads={args.threads}", f"--num-shard={args.num_shard}")
+    # Every round sends the same prompt; reusing it would make the time to the first token look better than it is.
+    flags = (
+        "--disable-prefix-caching",
+        "--dtype=float32",
+        f"--threads={args.threads}",
+        f"--num-shard={args.num_shard}",
+    )
     with (
         live_server(args.model, args.adapter, *flags, "--no-steering") as (plain, pid),
         live_server(args.model, args.adapter, *flags) as (steered, _),

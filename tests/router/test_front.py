@@ -29,6 +29,7 @@ from chunkwise.pb import generate_pb2_grpc as pb_grpc
 from chunkwise.router import front as front_module
 from chunkwise.router.front import Front, listening, prepare, serve
 from chunkwise.router.shard_group import ShardLost
+from chunkwise.shard.lane import Lane
 from chunkwise.shard.server import build_server
 from chunkwise.tokenizer import Tokenizer
 from conftest import TinyWorld
@@ -231,7 +232,7 @@ async def served(
     """`serve`, as the front process runs it, over a real engine."""
     driver = Driver(tiny.model, tiny.adapters)
     url = f"unix://{path}/shard"
-    shard = build_server(driver.engine, driver.decisions, (url,), emits_signals=True)
+    shard = build_server(driver.engine, driver.decisions, Lane(driver.engine.group), (url,))
     shard.add_insecure_port(f"unix:{path}/shard")
     await shard.start()
     settings = FrontSettings("tiny", tiny.model, f"unix://{path}/f-0", (url,), policy, startup_seconds=10)

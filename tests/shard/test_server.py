@@ -15,6 +15,7 @@ from chunkwise.pb import generate_pb2 as pb
 from chunkwise.pb import generate_pb2_grpc as pb_grpc
 from chunkwise.pb import steering_pb2 as steer_pb
 from chunkwise.pb import steering_pb2_grpc as steer_grpc
+from chunkwise.shard.lane import Lane
 from chunkwise.shard.server import build_server
 from conftest import TinyWorld
 from serving import Driver, request
@@ -32,7 +33,7 @@ class Client:
 async def client(tiny: TinyWorld, tmp_path: Path) -> AsyncIterator[Client]:
     driver = Driver(tiny.model, tiny.adapters)
     url = f"unix:{tmp_path}/shard-0"
-    server = build_server(driver.engine, driver.decisions, (f"unix://{tmp_path}/shard-0",), emits_signals=True)
+    server = build_server(driver.engine, driver.decisions, Lane(driver.engine.group), (f"unix://{tmp_path}/shard-0",))
     server.add_insecure_port(url)
     await server.start()
     async with grpc.aio.insecure_channel(url) as channel:

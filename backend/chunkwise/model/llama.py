@@ -14,7 +14,7 @@ from torch import Tensor
 
 from chunkwise.kv.cache import KvCache, KvShape
 from chunkwise.model.attention import PagedAttention
-from chunkwise.model.linear import Projection
+from chunkwise.model.linear import Projection, choose_product
 from chunkwise.model.parallel import Group, ShardPlan, plan_shard
 from chunkwise.model.rotary import Rotary, rotate
 from chunkwise.model.spec import ModelSpec, load_spec
@@ -60,13 +60,14 @@ def target_slices(spec: ModelSpec, plan: ShardPlan) -> dict[str, TargetSlice]:
 class _Loader:
     """Builds layers from a checkpoint; exists only while the model is read."""
 
-    def __init__(self, spec: ModelSpec, plan: ShardPlan, checkpoint: Checkpoint, rank: int, device: torch.device):
+    def __init__(self, spec: ModelSpec, plan: ShardPlan, checkpoint: Checkpoint, rank: int) -> None:
         self._spec = spec
         self._slices = target_slices(spec, plan)
         self._shapes = spec.target_shapes()
         self._checkpoint = checkpoint
         self._rank = rank
-        self._lora = choose_op(device)
+        self._product = choose_product(checkpoint.device, checkpoint.dtype)
+        self._lora = choose_op(checkpoint.device)
 
     def _projection(self, layer: int, block: str, targets: tuple[str, ...], *, bias: bool, row: bool) -> Projection:
         weights, biases, columns, start = [], [], [], 0
@@ -81,7 +82,12 @@ class _Loader:
         # A row-parallel bias must enter the sum over ranks once: rank 0 adds it.
         use_bias = bool(biases) and (not row or self._rank == 0)
         return Projection(
-            layer, torch.cat(weights), torch.cat(biases) if use_bias else None, tuple(columns), self._lora
+            layer,
+            torch.cat(weights),
+            torch.cat(biases) if use_bias else None,
+            tuple(columns),
+            self._product,
+            self._lora,
         )
 
     def layer(self, i: int) -> Layer:
@@ -110,10 +116,14 @@ class Llama:
         self.device = device
         self.group = group
         self.plan = plan_shard(self.spec, group.rank, group.world_size)
+        self._product = choose_product(device, dtype)
         spec, table = self.spec, (self.spec.vocab, self.spec.hidden)
         with Checkpoint(model_dir, dtype, device) as checkpoint:
-            loader = _Loader(spec, self.plan, checkpoint, group.rank, device)
-            self._layers = [loader.layer(i) for i in range(spec.layers)]
+            loader = _Loader(spec, self.plan, checkpoint, group.rank)
+            self._layers = []
+            for i in range(spec.layers):
+                self._layers.append(loader.layer(i))
+                checkpoint.unmap()
             self._norm = checkpoint.read("model.norm.weight", (spec.hidden,))
             self._embedding = checkpoint.read("model.embed_tokens.weight", table, self.plan.vocab)
             self._head = (
@@ -170,7 +180,7 @@ class Llama:
         return self.group.sum_(rows.masked_fill_(~mine[:, None], 0.0))
 
     def _logits(self, x: Tensor) -> Tensor:
-        local = F.linear(self._norm_of(x, self._norm), self._head).float()
+        local = self._product(self._norm_of(x, self._norm), self._head).float()
         return self.group.gather_columns(local, self.spec.vocab)
 
     def _scores(self, x: Tensor, step: StepInput) -> Tensor:

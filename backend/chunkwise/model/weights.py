@@ -45,8 +45,8 @@ class Checkpoint:
 
     def __init__(self, model_dir: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._files = _locate(model_dir)
-        self._dtype = dtype
-        self._device = device
+        self.dtype = dtype
+        self.device = device
         self._stack = ExitStack()
         self._open: dict[Path, Any] = {}
 
@@ -57,6 +57,12 @@ class Checkpoint:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stack.close()
+
+    def unmap(self) -> None:
+        """Closes the files; the next read opens them again. What was read through a mapping counts as resident memory
+        as long as it is open, so a caller that has copied enough calls this now and then."""
+        self._stack.close()
+        self._open.clear()
 
     def _handle(self, name: str) -> Any:
         if name not in self._files:
@@ -83,5 +89,5 @@ class Checkpoint:
         rows = rows or slice(None)
         part = view[rows] if columns is None else view[rows, columns]
         # copy: a slice of a mapped file must not keep the file's pages alive, and rows need to be contiguous.
-        tensor: Tensor = part.to(device=self._device, dtype=self._dtype, copy=True)
+        tensor: Tensor = part.to(device=self.device, dtype=self.dtype, copy=True)
         return tensor.contiguous()

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from chunkwise.model.spec import load_spec
 from chunkwise.shard.decisions import DecisionTable
 from chunkwise.shard.engine import Engine, EngineSettings
 from chunkwise.shard.grammar import GrammarCompiler
+from chunkwise.shard.lane import Lane
 from chunkwise.shard.server import build_server
 from chunkwise.shard.watermark import Watermark
 from chunkwise.tokenizer import Tokenizer
@@ -71,16 +73,14 @@ def _load_adapters(settings: ShardSettings, model: Llama) -> AdapterStore:
     return store
 
 
-def load_engine(settings: ShardSettings, decisions: DecisionTable) -> Engine:
-    """The engine of one rank.
+def load_engine(settings: ShardSettings, group: Group, device: torch.device, decisions: DecisionTable) -> Engine:
+    """The engine of one rank. Call it from the thread that will run the engine.
 
     Raises:
         UnsupportedModel: a checkpoint, an adapter or a parallel layout that cannot be served.
     """
     threads = settings.threads or max((os.cpu_count() or 1) // settings.parallel.world_size, 1)
     torch.set_num_threads(threads)
-    device = _device(settings.parallel.rank)
-    group = _group(settings, device)
     model_dir = locate(settings.model_id, settings.revision)
     tokenizer = Tokenizer(model_dir)
     dtype = _dtype(settings.dtype, device, load_spec(model_dir).dtype)
@@ -108,11 +108,15 @@ def load_engine(settings: ShardSettings, decisions: DecisionTable) -> Engine:
 
 async def serve(settings: ShardSettings) -> None:
     """Serves until SIGTERM or SIGINT. Raises UnsupportedModel before anything is bound."""
-    decisions = DecisionTable()
-    engine = load_engine(settings, decisions)
-    rank = settings.parallel.rank
+    decisions, rank = DecisionTable(), settings.parallel.rank
+    device = _device(rank)
+    group = _group(settings, device)
+    # Loaded on the lane's thread: a second thread that has used OpenMP would have a pool of its own, and with more pool
+    # threads than cores libgomp stops spinning at barriers, which makes every small operation about twice as slow.
+    lane = Lane(group)
+    engine = await lane.run(0, partial(load_engine, settings, group, device, decisions))
     url = settings.urls[rank]
-    server = build_server(engine, decisions, settings.urls, emits_signals=rank == 0)
+    server = build_server(engine, decisions, lane, settings.urls)
     if url.startswith(_UNIX):
         Path(url.removeprefix(_UNIX)).unlink(missing_ok=True)
     try:

@@ -102,19 +102,13 @@ class SteeringService(steer_grpc.SteeringServiceServicer):
 
 
 class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
-    """generate.v3 over an `Engine`.
+    """generate.v3 over an `Engine`. Rank 0 reports the signals of every step that names its number."""
 
-    Args:
-        urls: listening addresses of all shards, by rank.
-        emits_signals: whether this is the rank that reports signals (rank 0).
-    """
-
-    def __init__(self, engine: Engine, urls: tuple[str, ...], outlet: SignalOutlet, *, emits_signals: bool) -> None:
+    def __init__(self, engine: Engine, lane: Lane, urls: tuple[str, ...], outlet: SignalOutlet) -> None:
         self._engine = engine
+        self._lane = lane
         self._urls = urls
         self._outlet = outlet
-        self._emits_signals = emits_signals
-        self._lane = Lane(engine.group)
 
     async def _work(
         self, context: Context, request: Message, act: Callable[P, R], *args: P.args, **kwargs: P.kwargs
@@ -131,7 +125,7 @@ class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
         raise AssertionError("abort always raises")
 
     def _report(self, signals: StepSignals) -> None:
-        if self._emits_signals and signals.step:
+        if self._engine.group.rank == 0 and signals.step:
             self._outlet.send(signals)
 
     async def Health(self, request: pb.HealthRequest, context: Context) -> pb.HealthResponse:
@@ -212,16 +206,13 @@ class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
         return wire.result_to_decode_pb(result)
 
 
-def build_server(
-    engine: Engine, decisions: DecisionTable, urls: tuple[str, ...], *, emits_signals: bool
-) -> grpc.aio.Server:
-    """A server with both services, bound to nothing yet."""
+def build_server(engine: Engine, decisions: DecisionTable, lane: Lane, urls: tuple[str, ...]) -> grpc.aio.Server:
+    """A server with both services, bound to nothing yet. ``lane`` is where the engine was made; ``urls`` are the
+    listening addresses of all shards, by rank."""
     outlet = SignalOutlet()
     # Without SO_REUSEPORT a second server on the same port fails instead of taking half of the calls.
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
     server = grpc.aio.server(options=options)
-    pb_grpc.add_TextGenerationServiceServicer_to_server(
-        TextGenerationService(engine, urls, outlet, emits_signals=emits_signals), server
-    )
+    pb_grpc.add_TextGenerationServiceServicer_to_server(TextGenerationService(engine, lane, urls, outlet), server)
     steer_grpc.add_SteeringServiceServicer_to_server(SteeringService(decisions, outlet), server)
     return server
