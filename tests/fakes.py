@@ -11,11 +11,13 @@ from chunkwise.config.settings import Limits
 from chunkwise.core import (
     AdapterInfo,
     CachedBatch,
+    ChunkDecision,
     FinishReason,
     GeneratedText,
     Generation,
     GenerationFailed,
     GenerationRequest,
+    KvDecision,
     KvFormat,
     KvUsage,
     RequestError,
@@ -97,6 +99,9 @@ class FakeShards:
     updates: list[SteeringUpdate] = field(default_factory=list)
     batches: dict[int, list[FakeSequence]] = field(default_factory=dict)
     steered: set[int] = field(default_factory=set)
+    computed: dict[int, int] = field(default_factory=dict)
+    chunk_starts: dict[int, int] = field(default_factory=dict)
+    kv_ends: dict[int, int] = field(default_factory=dict)
     applied_seq: int = 0
     closed: bool = False
     health_error: GenerationFailed | None = None
@@ -190,9 +195,28 @@ class FakeShards:
     def _apply(self, seq: int) -> None:
         assert self.applied_seq <= seq <= len(self.updates), "a barrier names an update that was sent, in order"
         for update in self.updates[self.applied_seq : seq]:
-            self.steered |= {decision.request_id for decision in update.chunks}
+            for chunk in update.chunks:
+                self._follow(chunk)
+            for kv in update.kv:
+                self._compress(kv)
+            self.steered |= {decision.request_id for decision in (*update.chunks, *update.kv)}
             self.steered -= set(update.released)
         self.applied_seq = seq
+
+    def _follow(self, chunk: ChunkDecision) -> None:
+        """As `shard.sequence.Sequence.follow`."""
+        latest = self.chunk_starts.get(chunk.request_id, -1)
+        if chunk.start <= latest or chunk.start < self.computed.get(chunk.request_id, 0):
+            raise SteeringViolation(f"{chunk} comes too late: {self.computed}, {latest}")
+        if all(chunk.rung not in info.rungs for info in self.shard_info.adapters):
+            raise SteeringViolation(f"{chunk} names no rung of any adapter")
+        self.chunk_starts[chunk.request_id] = chunk.start
+
+    def _compress(self, kv: KvDecision) -> None:
+        """As `shard.sequence.Sequence.permit_compression`."""
+        if not self.kv_ends.get(kv.request_id, 0) <= kv.start < kv.end <= self.computed.get(kv.request_id, 0):
+            raise SteeringViolation(f"{kv} is not a computed range behind {self.kv_ends}: {self.computed}")
+        self.kv_ends[kv.request_id] = kv.end
 
     def _cached(self, batch_id: int) -> CachedBatch:
         sequences = self.batches[batch_id]
@@ -209,6 +233,7 @@ class FakeShards:
             first = sequence.computed == 0 and sequence.request.chunk_len is not None
             limit = (sequence.request.chunk_len or 0) if first else self.step_tokens
             sequence.computed += min(limit, sequence.pending)
+            self.computed[sequence.request.id] = sequence.computed
             entropy = (sum(sequence.prompt) + sequence.computed * 13) % 10 / 10
             signals.append(SequenceSignals(sequence.request.id, sequence.computed - 1, entropy))
             generation = self._generate(sequence) if sequence.computed >= len(sequence.prompt) else None

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,12 @@ from hypothesis import strategies as st
 
 from chunkwise.config.settings import Limits
 from chunkwise.core import (
+    CachedBatch,
     GenerationFailed,
     GenerationRequest,
     InvalidRequest,
     RequestError,
+    StepResult,
     StepSignals,
 )
 from chunkwise.router.answer import Answer, Event
@@ -317,3 +321,23 @@ def test_whatever_clients_do_answers_are_right_and_nothing_is_left(model_dir: Pa
             assert text is None or text == toy_text(wanted, wanted.stopping.max_new_tokens)
 
     asyncio.run(scenario())
+
+
+async def test_kv_decisions_reach_the_shards(model_dir: Path) -> None:
+    shards = FakeShards()
+    async with routing(shards, model_dir) as serving:
+        await events(serving.loop.submit(request(20, 30, adapter="law")))
+    assert shards.kv_ends
+    assert any(update.kv for update in shards.updates)
+
+
+async def test_a_request_that_the_shards_drop_fails_and_never_hangs(model_dir: Path) -> None:
+    class Forgetful(FakeShards):
+        async def decode(self, batches: Sequence[CachedBatch], seq: int, step: int) -> StepResult:
+            result = await super().decode(batches, seq, step)
+            self.batches.clear()
+            return replace(result, batch=None, generations=())
+
+    async with routing(Forgetful(), model_dir) as serving, asyncio.timeout(5):
+        with pytest.raises(GenerationFailed, match="dropped the request"):
+            await events(serving.loop.submit(request(3, 9)))
