@@ -199,7 +199,7 @@ class FakeShards:
                 self._follow(chunk)
             for kv in update.kv:
                 self._compress(kv)
-            self.steered |= {decision.request_id for decision in (*update.chunks, *update.kv)}
+            self.steered |= {chunk.request_id for chunk in update.chunks} | {kv.request_id for kv in update.kv}
             self.steered -= set(update.released)
         self.applied_seq = seq
 
