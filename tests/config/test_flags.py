@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from chunkwise.config.flags import InvalidFlags, build_parser, router_settings, serve_settings, shard_settings
+from chunkwise.config.flags import InvalidFlags, build_parser
+from chunkwise.config.resolve import router_settings, serve_settings, shard_settings
 from chunkwise.config.settings import ShardSettings, WatermarkSettings
 
 MODEL = ("--model-id=/model", "--shard-urls=unix:///shard")

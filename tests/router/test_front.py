@@ -13,8 +13,9 @@ import grpc
 import grpc.aio
 import pytest
 
-from chunkwise.config.flags import InvalidFlags, build_parser, front_settings
+from chunkwise.config.flags import InvalidFlags, build_parser
 from chunkwise.config.policy import KvPolicy, RankPolicy, SteeringPolicy
+from chunkwise.config.resolve import front_settings
 from chunkwise.config.settings import FrontSettings, LogSettings
 from chunkwise.core import (
     ChunkDecision,

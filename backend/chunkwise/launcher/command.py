@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from chunkwise.config.flags import serve_settings
+from chunkwise.config.resolve import serve_settings
 from chunkwise.launcher.serve import serve
 from chunkwise.logs import configure_logging
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from chunkwise.config.flags import front_settings
+from chunkwise.config.resolve import front_settings
 from chunkwise.logs import configure_logging
 from chunkwise.router.front import serve
 

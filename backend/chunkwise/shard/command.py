@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 
-from chunkwise.config.flags import shard_settings
+from chunkwise.config.resolve import shard_settings
 from chunkwise.logs import configure_logging
 from chunkwise.shard.process import serve
 

@@ -31,9 +31,10 @@ from chunkwise.kv.cache import KvCache
 from chunkwise.model.llama import Llama
 from chunkwise.model.parallel import Group
 from chunkwise.shard.admission import Admission
+from chunkwise.shard.capacity import agree_limits, capacity_pages
 from chunkwise.shard.decisions import DecisionTable
 from chunkwise.shard.grammar import GrammarCompiler
-from chunkwise.shard.memory import free_bytes, resident_bytes
+from chunkwise.shard.memory import resident_bytes
 from chunkwise.shard.runner import StepOutcome, StepRunner, failure
 from chunkwise.shard.scheduler import next_step_tokens
 from chunkwise.shard.sequence import Sequence
@@ -43,8 +44,6 @@ from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.store import AdapterStore
 
 PAGE_SIZE = 16
-# Share of the memory free at Warmup that the KV cache may take.
-_KV_SHARE = {"cpu": 0.4, "cuda": 0.9}
 # Warmup computes this many tokens on CPU, where nothing is captured or tuned and a long prompt would only cost time.
 _CPU_WARMUP_TOKENS = 64
 
@@ -134,8 +133,9 @@ class Engine:
         self._runner = None
         shape = self._model.kv_shape(PAGE_SIZE)
         page_bytes = shape.page_bytes(self._model.dtype)[KvFormat.FULL]
-        pages = self._model.group.minimum(self._capacity_pages(page_bytes))
-        limits = self._agree(pages, max_input_tokens, max_total_tokens)
+        here = capacity_pages(self._settings.max_batch_total_tokens, page_bytes, PAGE_SIZE, self._model)
+        pages = self._model.group.minimum(here)
+        limits = agree_limits(pages, PAGE_SIZE, self._model.spec.max_position, max_input_tokens, max_total_tokens)
         cache = KvCache(shape, self._model.dtype, self._model.device, pages * page_bytes)
         self._runner = StepRunner(self._model, cache, self._tokenizer, self._decisions, max(max_prefill_tokens, 1))
         self._limits = limits
@@ -276,29 +276,6 @@ class Engine:
                 self._release([sequence])
             if errors:
                 raise GenerationFailed(f"warm-up failed: {errors[0].message}")
-
-    def _capacity_pages(self, page_bytes: int) -> int:
-        tokens = self._settings.max_batch_total_tokens
-        if tokens is not None:
-            return max(tokens // PAGE_SIZE, 1)
-        device = self._model.device
-        share = _KV_SHARE[device.type] / (self._model.group.world_size if device.type == "cpu" else 1)
-        return max(int(free_bytes(device) * share) // page_bytes, 1)
-
-    def _agree(self, pages: int, max_input: int | None, max_total: int | None) -> WarmupLimits:
-        supported, positions = pages * PAGE_SIZE, self._model.spec.max_position
-        # A TGI router keeps one block for itself, so the longest request must leave one page spare.
-        most = min(positions, supported - PAGE_SIZE)
-        total = max_total if max_total is not None else most
-        if total > most:
-            raise InvalidRequest(
-                f"max_total_tokens is {total}; the model has {positions} positions and the KV cache holds {supported} "
-                f"tokens, one page of {PAGE_SIZE} spare; use at most {most} or raise --max-batch-total-tokens"
-            )
-        inputs = max_input if max_input is not None else total - 1
-        if not 1 <= inputs < total:
-            raise InvalidRequest(f"max_input_tokens is {inputs}; it must lie in 1..{total - 1}, below max_total_tokens")
-        return WarmupLimits(inputs, total, supported)
 
     def _describe(self, batch_id: int, sequences: SequenceOf[Sequence]) -> CachedBatch:
         return CachedBatch(
