@@ -29,9 +29,10 @@ def adapters(draw: st.DrawFn) -> AdapterInfo:
 
 
 POLICIES = st.builds(
-    lambda low, more, exponent: RankPolicy(low, None if more is None else low + more, exponent),
+    lambda low, more, skip, exponent: RankPolicy(low, None if more is None else low + more, skip, exponent),
     st.integers(1, 80),
     st.none() | st.integers(0, 80),
+    st.just(0.0) | st.floats(0.0, 1.0),
     st.floats(0.0, 1.0),
 )
 
@@ -53,7 +54,10 @@ def test_choice_is_the_smallest_rung_that_reaches_the_wanted_rank(
     choice = RankSelector(policy, adapter).select(complexity)
     reaching = [rung for rung in adapter.rungs if rung >= wanted - 1e-9]
     exceeding = [rung for rung in adapter.rungs if rung > wanted + 1e-9]
-    assert choice.rung in {min(reaching, default=adapter.rungs[-1]), min(exceeding, default=adapter.rungs[-1])}
+    if complexity < policy.skip_below and adapter.rungs[0] == 0:
+        assert choice.rung == 0
+    else:
+        assert choice.rung in {min(reaching, default=adapter.rungs[-1]), min(exceeding, default=adapter.rungs[-1])}
     assert choice.active_rank == float(choice.rung or 0)
 
 

@@ -85,8 +85,9 @@ class SteeredSequence:
     def observe(self, signals: SequenceSignals) -> ChunkDecision | None:
         """Takes the signals of the newest computed position; returns the decision they led to, if any.
 
-        Within the prompt they only move the normalisation of the model's signals. From the last prompt token on they
-        are one per position p, and a chunk opened by them starts at p + `DECODE_LEAD`.
+        Within the prompt they only tell how far it has got: in how many pieces a prompt is computed follows from who
+        shares the step, and neither rank nor compression may follow from that. From the last prompt token on they are
+        one per position p, and a chunk opened by them starts at p + `DECODE_LEAD`.
 
         Raises:
             SteeringViolation: the position does not follow the one before, or its token has not been given yet.
@@ -95,7 +96,6 @@ class SteeredSequence:
         self._check_order(position)
         self._computed = position + 1
         if position < self._prompt_length - 1:
-            self._estimator.estimate(Observation(entropy=signals.entropy, attention=signals.attention_spread))
             return None
         if position == self._prompt_length - 1:
             # Its complexity was planned without the model's signals. (The normalisation of novelty and position counts
@@ -116,7 +116,9 @@ class SteeredSequence:
         return self._decision(chunk) if self._selector is not None else None
 
     def due_kv(self) -> list[KvDecision]:
-        """KV decisions that have become due since the last call."""
+        """KV decisions that have become due since the last call; none before the whole prompt is computed."""
+        if self._computed < self._prompt_length:
+            return []
         while self._closed + 1 < len(self._chunks) and self._chunks[self._closed + 1].start <= self._computed:
             start, end = self._chunks[self._closed].start, self._chunks[self._closed + 1].start
             self._kv.close(Chunk(start, end, self._chunker.mean(start, end)))
