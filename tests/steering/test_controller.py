@@ -42,11 +42,15 @@ def test_requests_share_an_update_and_keep_their_ids() -> None:
     controller.admit(1, [7] * 8, ADAPTER)
     controller.admit(2, [7] * 7, None)
     assert {decision.request_id for decision in flushed(controller).chunks} == {1}
-    controller.observe(signals(0, (1, 7), (2, 6)))
-    assert [(decision.request_id, decision.end) for decision in flushed(controller).kv] == [(1, 4), (1, 8), (2, 4)]
     for request_id in (1, 2):
         controller.extend(request_id, 9)
+    controller.observe(signals(0, (1, 7), (2, 6)))
+    assert controller.flush() is None, "what is due must not depend on signals that came early"
+    for request_id in (1, 2):
+        controller.extend(request_id, 9)
+    assert [(decision.request_id, decision.end) for decision in flushed(controller).kv] == [(1, 4), (1, 8), (2, 4)]
     controller.observe(signals(1, (2, 7)))
+    controller.extend(2, 9)
     assert [(decision.request_id, decision.end) for decision in flushed(controller).kv] == [(2, 8)]
 
 
@@ -55,12 +59,13 @@ def test_release_drops_what_was_not_sent_reports_and_is_sent_once() -> None:
     controller.admit(1, [7] * 8, ADAPTER)
     controller.admit(2, [7] * 8, ADAPTER)
     controller.observe(signals(0, (1, 7), (2, 7)))
-    controller.extend(1, 9)
+    for request_id in (1, 2, 1, 2):
+        controller.extend(request_id, 9)
     report = controller.release(1)
     assert report is not None
-    assert [(chunk.start, chunk.end, chunk.kv) for chunk in report.chunks] == [
-        (0, 4, KvFormat.INT8),
-        (4, 8, KvFormat.INT8),
+    assert [(chunk.start, chunk.end, chunk.kv) for chunk in report.chunks][:2] == [
+        (0, 4, KvFormat.FULL),
+        (4, 8, KvFormat.FULL),
     ]
     update = flushed(controller)
     assert {decision.request_id for decision in update.chunks} == {decision.request_id for decision in update.kv} == {2}

@@ -123,7 +123,7 @@ def test_without_an_adapter_chunks_steer_the_kv_cache_alone() -> None:
     steered = sequence(policy, [0] * 4, adapter=None)
     assert steered.decisions() == []
     due: list[tuple[int, int]] = []
-    for position in range(3, 16):
+    for position in range(3, 18):
         assert step(steered, position, 4, 0.5) is None
         due += [(decision.start, decision.end) for decision in steered.due_kv()]
     assert due == [(2, 4), (4, 8), (8, 12)]

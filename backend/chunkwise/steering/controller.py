@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chunkwise.config.policy import SteeringPolicy
-from chunkwise.core import AdapterInfo, ChunkDecision, KvDecision, SteeringUpdate, StepSignals
+from chunkwise.core import AdapterInfo, ChunkDecision, SteeringUpdate, StepSignals
 from chunkwise.steering.ranks import RankSelector
 from chunkwise.steering.report import SteeringReport
 from chunkwise.steering.sequence import SteeredSequence
@@ -23,7 +23,6 @@ class SteeringController:
         self._policy = policy
         self._sequences: dict[int, SteeredSequence] = {}
         self._chunks: list[ChunkDecision] = []
-        self._kv: list[KvDecision] = []
         self._released: list[int] = []
         self._seq = 0
 
@@ -62,7 +61,6 @@ class SteeringController:
             decision = sequence.observe(of_sequence)
             if decision is not None:
                 self._chunks.append(decision)
-            self._kv.extend(sequence.due_kv())
 
     def report(self, request_id: int, length: int) -> SteeringReport:
         """What steering did to the first ``length`` positions of a request. Raises ValueError if it is not live."""
@@ -77,17 +75,17 @@ class SteeringController:
         if sequence is None:
             return None
         self._chunks = [decision for decision in self._chunks if decision.request_id != request_id]
-        self._kv = [decision for decision in self._kv if decision.request_id != request_id]
         self._released.append(request_id)
         return sequence.report(sequence.computed)
 
     def flush(self) -> SteeringUpdate | None:
         """Everything decided since the last flush, as the next update; None if nothing was."""
-        if not (self._chunks or self._kv or self._released):
+        kv = tuple(decision for sequence in self._sequences.values() for decision in sequence.due_kv())
+        if not (self._chunks or kv or self._released):
             return None
         self._seq += 1
-        update = SteeringUpdate(self._seq, tuple(self._chunks), tuple(self._kv), tuple(self._released))
-        self._chunks, self._kv, self._released = [], [], []
+        update = SteeringUpdate(self._seq, tuple(self._chunks), kv, tuple(self._released))
+        self._chunks, self._released = [], []
         return update
 
     def _sequence(self, request_id: int) -> SteeredSequence:

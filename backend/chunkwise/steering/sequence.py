@@ -116,14 +116,20 @@ class SteeredSequence:
         return self._decision(chunk) if self._selector is not None else None
 
     def due_kv(self) -> list[KvDecision]:
-        """KV decisions that have become due since the last call; none before the whole prompt is computed."""
-        if self._computed < self._prompt_length:
+        """KV decisions that have become due since the last call; they take effect at once.
+
+        What is due follows from the number of generated tokens, which is the same at the same step of a request.
+        Signals do not come later than that, but sooner if steps of other batches lie in between. Nothing is due before
+        the whole prompt is computed.
+        """
+        if self._generated < DECODE_LEAD:
             return []
-        while self._closed + 1 < len(self._chunks) and self._chunks[self._closed + 1].start <= self._computed:
+        computed = self._prompt_length + self._generated - DECODE_LEAD
+        while self._closed + 1 < len(self._chunks) and self._chunks[self._closed + 1].start <= computed:
             start, end = self._chunks[self._closed].start, self._chunks[self._closed + 1].start
             self._kv.close(Chunk(start, end, self._chunker.mean(start, end)))
             self._closed += 1
-        due = self._kv.advance(self._computed)
+        due = self._kv.advance(computed)
         for decision in due:
             index = bisect_right(self._chunks, decision.start, key=lambda chunk: chunk.start) - 1
             self._chunks[index].kv = decision.format
