@@ -27,8 +27,8 @@ def plain_product(x: Tensor, weight: Tensor) -> Tensor:
 def skinny_product(x: Tensor, weight: Tensor) -> Tensor:
     """Semantics: ``x weightᵀ`` for few rows, computed as ``(weight xᵀ)ᵀ``.
 
-    For two to eight rows of fp32 the CPU library streams the weight at memory speed in this form and takes two to four
-    times as long in the other. One row is the exception and is run as two. `scripts/bench_products` measures both.
+    For two to eight rows of fp32 the CPU library takes longer in the other form, most so at two, and from about twelve
+    on there is no difference. One row is the exception and is run as two. `scripts/bench_products` measures both.
     """
     rows = x.shape[0]
     if rows > _SKINNY_ROWS:
