@@ -2,10 +2,12 @@
 
     python scripts/train_adapter.py --task squad --data ../shared/data/squad/train.jsonl --model DIR --out DIR
     python scripts/train_adapter.py --task text --data notes.txt --model DIR --out DIR
+    python scripts/train_adapter.py --task translation --data pairs.jsonl --rank 64 --minutes 80 --model DIR --out DIR
 
 `squad` reads JSON lines with `title`, `context`, `question` and `answers` and teaches short answers from the context,
-or `unanswerable`; the loss is on the answer alone. `text` reads plain text and learns from every token. Both hold back
-data that is never trained on and report its loss before and after. The learning rate follows the clock, so the number
+or `unanswerable`; the loss is on the answer alone. `text` reads plain text and learns from every token. `translation`
+reads JSON lines with `src` and `tgt`, English to French; the loss is on the translation alone. All hold back data that
+is never trained on and report its loss before and after. The learning rate follows the clock, so the number
 of steps, and with it the result, depends on the machine. Knows nothing of ChunkWise itself: the output is an ordinary
 PEFT directory.
 """
@@ -88,7 +90,26 @@ def read_text(path: Path, tokenizer: PreTrainedTokenizerBase, longest: int) -> t
     return windows[:cut], windows[cut:]
 
 
-READERS = {"squad": read_squad, "text": read_text}
+def translation_prompt(source: str) -> str:
+    """What stands before ` translation<eos>`; evaluation has to ask in the same words."""
+    return f"English: {source}\nFrench:"
+
+
+def read_translation(
+    path: Path, tokenizer: PreTrainedTokenizerBase, longest: int
+) -> tuple[list[Example], list[Example]]:
+    """Training and held-out pairs of at most `longest` tokens; the latter are the file's last tenth."""
+    examples: list[Example] = []
+    for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+        prompt = tokenizer.encode(translation_prompt(row["src"]))
+        ids = [*prompt, *tokenizer.encode(f" {row['tgt']}"), tokenizer.eos_token_id]
+        if len(ids) <= longest:
+            examples.append(Example(ids, len(prompt)))
+    cut = len(examples) - max(1, len(examples) // 10)
+    return examples[:cut], examples[cut:]
+
+
+READERS = {"squad": read_squad, "text": read_text, "translation": read_translation}
 
 
 def batches(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:

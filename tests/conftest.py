@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import gpu  # noqa: F401  sets Triton's interpreter up before anything imports Triton
+
 
 @dataclass(frozen=True)
 class TinyWorld:

@@ -52,7 +52,8 @@ class Driver:
         prefix_caching: bool = True,
         prefill_logprobs: bool = False,
     ) -> None:
-        model = Llama(model_dir, group or SingleProcess(), dtype, CPU)
+        kernels = 1 if dtype == torch.float32 else None
+        model = Llama(model_dir, group or SingleProcess(), dtype, CPU, kernel_threads=kernels)
         store = AdapterStore(target_slices(model.spec, model.plan), dtype, CPU)
         for name, path in (adapters or {}).items():
             store.add(build_ladder(load_adapter(path, name, model.spec.target_shapes())))

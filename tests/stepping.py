@@ -36,7 +36,8 @@ class Stepper:
         dtype: torch.dtype = torch.float32,
         page_size: int = 16,
     ) -> None:
-        self.model = Llama(model_dir, group or SingleProcess(), dtype, CPU)
+        kernels = 1 if dtype == torch.float32 else None
+        self.model = Llama(model_dir, group or SingleProcess(), dtype, CPU, kernel_threads=kernels)
         self.store = AdapterStore(target_slices(self.model.spec, self.model.plan), dtype, CPU)
         for name, path in (adapters or {}).items():
             self.store.add(build_ladder(load_adapter(path, name, self.model.spec.target_shapes())))

@@ -34,7 +34,7 @@ def read_config(root: Path, name: str) -> Any:
         AdapterNotFound: there is none.
         BrokenAdapter: it cannot be read, lies outside the directory or is not JSON.
     """
-    file = _contained_file(root, CONFIG_FILE, name)
+    file = contained_file(root, CONFIG_FILE, name)
     if file is None:
         raise AdapterNotFound(f"adapter {name!r}: {root} has no {CONFIG_FILE}; give the directory of a PEFT adapter")
     try:
@@ -52,7 +52,7 @@ def read_tensors(root: Path, name: str) -> dict[str, Tensor]:
         UnsupportedAdapter: the weights are there as a pickle file only.
         BrokenAdapter: there are none, or the file cannot be read, lies outside the directory or is malformed.
     """
-    file = _contained_file(root, WEIGHTS_FILE, name)
+    file = contained_file(root, WEIGHTS_FILE, name)
     if file is None:
         pickles = sorted(entry.name for entry in root.iterdir() if entry.suffix in _PICKLE_SUFFIXES)
         if pickles:
@@ -67,7 +67,7 @@ def read_tensors(root: Path, name: str) -> dict[str, Tensor]:
         raise BrokenAdapter(f"adapter {name!r}: {file} is not a readable safetensors file: {error}") from error
 
 
-def _contained_file(root: Path, filename: str, name: str) -> Path | None:
+def contained_file(root: Path, filename: str, name: str) -> Path | None:
     """The resolved regular file ``filename`` of the resolved directory ``root``; None when there is none.
 
     A link may not lead out of the directory, or a prepared adapter could make the server read any file. The Hub's cache

@@ -7,7 +7,10 @@ Error tree::
     ├── AdapterConflict         the name is taken by an adapter with other content
     ├── BrokenAdapter           the files cannot be read, or contradict themselves or the base model
     ├── UnsupportedAdapter      a well-formed adapter that computes something other than plain LoRA
-    └── InvalidRung             a rung that the adapter does not have, or cannot have
+    ├── InvalidRung             a rung that the adapter does not have, or cannot have
+    ├── InvalidCalibration      moments of another adapter, of no tokens, or that are not finite
+    ├── BrokenLadder            a saved ladder that cannot be read, or contradicts itself or its adapter
+    └── ForeignLadder           a saved ladder that was made for another adapter or another base model
 """
 
 from __future__ import annotations
@@ -35,3 +38,15 @@ class UnsupportedAdapter(AdapterError):
 
 class InvalidRung(AdapterError):
     """A rung outside the adapter's ladder."""
+
+
+class InvalidCalibration(AdapterError):
+    """Second moments that a ladder cannot be fitted to."""
+
+
+class BrokenLadder(AdapterError):
+    """A saved ladder that is unreadable or malformed, or whose factors do not multiply to the adapter's update."""
+
+
+class ForeignLadder(AdapterError):
+    """A saved ladder of other weights than those to be served: its order of ranks would mean nothing for them."""

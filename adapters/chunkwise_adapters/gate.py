@@ -17,6 +17,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from chunkwise_adapters.store import ResidentAdapter
@@ -88,8 +89,19 @@ class LoraSegment:
             self._gates[active_ranks] = self._compute(active_ranks)
         return self._gates[active_ranks]
 
+    @property
+    def plain(self) -> bool:
+        """Whether every token has the whole of the rung, at weight 1."""
+        return all(run.rung == self.rung and run.weight == 1.0 and run.previous_weight == 0.0 for run in self.runs)
+
+    def row_numbers(self) -> NDArray[np.int64]:
+        """``rows`` as numbers, in order."""
+        if isinstance(self.rows, slice):
+            return np.arange(self.rows.start, self.rows.stop)
+        return self.rows.numpy(force=True)
+
     def _compute(self, active_ranks: tuple[int, ...]) -> Tensor | None:
-        if all(run.rung == self.rung and run.weight == 1.0 and run.previous_weight == 0.0 for run in self.runs):
+        if self.plain:
             return None
         ranks = np.array(active_ranks)
         columns = np.arange(active_ranks[self.rung])

@@ -1,5 +1,5 @@
 """`LoraWeights` become a `RankLadder`: nested factors whose every prefix is the best approximation of that rank, and
-the active rank of every module at every rung. It knows neither devices nor tensor parallelism nor tokens."""
+the active rank of every module at every rung. It knows neither devices nor tensor parallelism nor tokens nor files."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from chunkwise_adapters.format import InvalidRung, LoraPair, LoraWeights, ModuleKey
+from chunkwise_adapters.format import InvalidRung, LoraWeights, ModuleKey
+from chunkwise_adapters.whitening import Calibration, ShrinkMoments, plain, whitened
 
 Allocation = Literal["uniform", "global"]
+LadderKind = Literal["plain", "whitened"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -22,7 +23,9 @@ class LadderModule:
     """``ΔW ≈ b_t[:k].T @ a[:k]`` for every active rank k up to the stored rank R = min(trained rank, in, out).
 
     ``a`` [R, in] and ``b_t`` [R, out] are contiguous fp32, so a prefix is one block of memory; the rows of ``b_t`` are
-    orthonormal, the row norms of ``a`` are the descending ``singular_values`` [R] of ``ΔW``.
+    orthonormal. ``singular_values`` [R] descend; cutting at rank k loses the sum of the squares from k on. In a plain
+    ladder they are those of ``ΔW`` (the row norms of ``a``) and the loss is ``‖ΔW - ΔW_k‖²_F``; in a whitened one they
+    are the root mean squares of ``a @ x`` on the calibration data and the loss is the mean ``‖ΔW x - ΔW_k x‖²``.
     """
 
     a: Tensor
@@ -34,8 +37,9 @@ class LadderModule:
 class LadderInfo:
     """What is known of a ladder without its tensors.
 
-    ``rungs`` ascend and end with ``trained_rank``. Parallel to them: ``kept_energy``, the share of ``Σ‖ΔW‖²_F`` over
-    all modules that the rung keeps (1 for an adapter that is all zeros), and ``mean_active_rank`` over its modules.
+    ``rungs`` ascend and end with ``trained_rank``. Parallel to them: ``kept_energy``, the share of the sum of all
+    modules' squared singular values that the rung keeps (1 where they are all zero), and ``mean_active_rank`` over the
+    modules.
     """
 
     name: str
@@ -58,26 +62,64 @@ class LadderInfo:
 @dataclass(frozen=True, slots=True, eq=False)
 class RankLadder(LadderInfo):
     """An adapter as nested factors. ``active_ranks`` holds, per module, its active rank at each of the ``rungs``; it
-    never falls from one rung to the next and reaches the stored rank at the last."""
+    never falls from one rung to the next and reaches the stored rank at the last. ``calibration`` is what a whitened
+    ladder was fitted to, None in a plain one."""
 
     modules: dict[ModuleKey, LadderModule]
     active_ranks: dict[ModuleKey, tuple[int, ...]]
+    allocation: Allocation = "uniform"
+    calibration: Calibration | None = None
+
+    @property
+    def kind(self) -> LadderKind:
+        """Whether the weights alone ("plain") or calibration data ("whitened") order the ranks."""
+        return "plain" if self.calibration is None else "whitened"
+
+    @property
+    def truncation_errors(self) -> tuple[float, ...]:
+        """Per rung, the sum over all modules of the squared singular values that it drops: ``Σ‖ΔW - ΔW_k‖²_F`` in a
+        plain ladder, in a whitened one the mean over the calibration tokens of ``Σ‖ΔW x - ΔW_k x‖²``."""
+        squares = {key: module.singular_values.double() ** 2 for key, module in self.modules.items()}
+        return tuple(
+            sum(float(squares[key][ranks[i] :].sum()) for key, ranks in self.active_ranks.items())
+            for i in range(len(self.rungs))
+        )
 
 
 def build_ladder(
-    weights: LoraWeights, rungs: Sequence[int] | None = None, allocation: Allocation = "uniform"
+    weights: LoraWeights,
+    rungs: Sequence[int] | None = None,
+    allocation: Allocation = "uniform",
+    moments: ShrinkMoments | None = None,
 ) -> RankLadder:
-    """The plain SVD ladder of an adapter.
+    """The ladder of an adapter: whitened with ``moments``, else plain.
 
     ``rungs`` are rank budgets per module; None takes 0 and the powers of two below the trained rank. The trained rank
     itself is always the last rung. With "uniform" every module gets the budget; with "global" the same total goes to
-    the largest singular values of all modules, which is the best truncation of the whole adapter in Frobenius norm.
+    the largest singular values of all modules: no other choice of ranks with that total has a smaller truncation error.
 
     Raises:
         InvalidRung: a rung below 0 or above the trained rank.
+        InvalidCalibration: ``moments`` of another adapter, of no tokens, or that are not finite.
     """
+    if moments is not None:
+        moments.check(weights)
+    modules: dict[ModuleKey, LadderModule] = {}
+    for key, pair in weights.modules.items():
+        a, b_t, strength = plain(pair) if moments is None else whitened(pair, moments.second[key])
+        modules[key] = LadderModule(a.float().contiguous(), b_t.float().contiguous(), strength.float())
+    return assemble_ladder(weights, modules, rungs, allocation, None if moments is None else moments.calibration)
+
+
+def assemble_ladder(
+    weights: LoraWeights,
+    modules: dict[ModuleKey, LadderModule],
+    rungs: Sequence[int] | None,
+    allocation: Allocation,
+    calibration: Calibration | None,
+) -> RankLadder:
+    """The ladder of factors that are there already: only ranks and energies are computed. Raises InvalidRung."""
     resolved = _rungs(weights, rungs)
-    modules = {key: _decompose(pair) for key, pair in weights.modules.items()}
     spectra = [module.singular_values.double().numpy() for module in modules.values()]
     stored = np.array([len(spectrum) for spectrum in spectra])
     active = _uniform(stored, resolved) if allocation == "uniform" else _global(spectra, stored, resolved)
@@ -92,6 +134,8 @@ def build_ladder(
         mean_active_rank=tuple(float(ranks.mean()) for ranks in active),
         modules=modules,
         active_ranks={key: tuple(int(ranks[i]) for ranks in active) for i, key in enumerate(modules)},
+        allocation=allocation,
+        calibration=calibration,
     )
 
 
@@ -103,21 +147,6 @@ def _rungs(weights: LoraWeights, rungs: Sequence[int] | None) -> tuple[int, ...]
     if outside:
         raise InvalidRung(f"adapter {weights.name!r}: rungs {outside} are outside 0..{full}, its trained rank")
     return tuple(sorted({*rungs, full}))
-
-
-def _decompose(pair: LoraPair) -> LadderModule:
-    """Thin QR of B and Aᵀ, SVD of the core: ``s·B A = Q_b (s·R_b R_aᵀ) Q_aᵀ = (Q_b U) (S Vᵀ Q_aᵀ)``.
-
-    In fp64, because rounding must not disturb the order of the small singular values; the largest matrix is d × r.
-    """
-    q_b, r_b = torch.linalg.qr(pair.b.double())
-    q_a, r_a = torch.linalg.qr(pair.a.double().T)
-    u, s, v_h = torch.linalg.svd(pair.scale * (r_b @ r_a.T), full_matrices=False)
-    return LadderModule(
-        a=((s[:, None] * v_h) @ q_a.T).float().contiguous(),
-        b_t=(q_b @ u).T.float().contiguous(),
-        singular_values=s.float(),
-    )
 
 
 def _uniform(stored: NDArray[np.intp], rungs: Sequence[int]) -> list[NDArray[np.intp]]:

@@ -38,7 +38,7 @@ class ResidentModule:
     active_ranks: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class ResidentAdapter(LadderInfo):
     """A ladder's local slices, ready to apply. Never changes, so a step may keep using one that was removed."""
 
@@ -122,7 +122,8 @@ class AdapterStore:
                 f"{ladder.content_hash[:12]}; remove it first or choose another name"
             )
         active_ranks = {key: module.active_ranks for key, module in resident.modules.items()}
-        if (resident.rungs, active_ranks) != (ladder.rungs, ladder.active_ranks):
+        before = (resident.rungs, active_ranks, resident.kept_energy)
+        if before != (ladder.rungs, ladder.active_ranks, ladder.kept_energy):
             raise AdapterConflict(
                 f"adapter {ladder.name!r} is resident with another ladder, of rungs {resident.rungs}; "
                 f"remove it first to use rungs {ladder.rungs}"

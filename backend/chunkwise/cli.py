@@ -17,6 +17,9 @@ _COMMANDS = {
     "router": "chunkwise.router.command",
     "front": "chunkwise.router.front_command",
     "shard": "chunkwise.shard.command",
+    "bench": "chunkwise.bench.command",
+    "eval": "chunkwise.evaluation.command",
+    "ladder": "chunkwise.evaluation.ladder_command",
 }
 
 

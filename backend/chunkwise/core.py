@@ -104,7 +104,8 @@ class GenerationRequest:
     """One request as a shard receives it.
 
     ``prompt_ids`` are the router's token ids; when None the shard tokenises ``inputs`` and keeps the last ``truncate``
-    ids (0: all). ``chunk_len`` limits the first step to that many prompt tokens.
+    ids (0: all). ``chunk_len`` limits the first step to that many prompt tokens. ``forced_ids``, one per new token, are
+    the answer whatever the model prefers (teacher forcing, for evaluation); generate.v3 cannot ask for it.
     """
 
     id: int
@@ -118,6 +119,7 @@ class GenerationRequest:
     top_n_tokens: int = 0
     chunk_len: int | None = None
     prefill_logprobs: bool = False
+    forced_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

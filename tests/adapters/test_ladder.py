@@ -1,5 +1,7 @@
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -7,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from chunkwise_adapters.errors import InvalidCalibration
 from chunkwise_adapters.format import InvalidRung, LoraPair, LoraWeights, ModuleKey
 from chunkwise_adapters.ladder import Allocation, LadderModule, RankLadder, build_ladder
+from chunkwise_adapters.whitening import Calibration, ShrinkMoments
 
 MIXED_RANKS: dict[ModuleKey, int] = {(0, "q_proj"): 16, (0, "v_proj"): 4, (1, "down_proj"): 32, (1, "up_proj"): 7}
 BOTH: tuple[Allocation, ...] = ("uniform", "global")
@@ -20,6 +24,27 @@ def delta(pair: LoraPair) -> Tensor:
 
 def prefix(module: LadderModule, k: int) -> Tensor:
     return module.b_t[:k].double().T @ module.a[:k].double()
+
+
+def inputs_of(weights: LoraWeights, tokens: int, seed: int = 0) -> dict[ModuleKey, Tensor]:
+    """Inputs x [tokens, in] of every module, of very unequal spread over their directions."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        key: torch.randn(tokens, pair.a.shape[1], generator=generator, dtype=torch.float64)
+        * torch.logspace(1, -2, pair.a.shape[1], dtype=torch.float64)
+        for key, pair in weights.modules.items()
+    }
+
+
+def moments_of(weights: LoraWeights, inputs: dict[ModuleKey, Tensor]) -> ShrinkMoments:
+    shrunk = {key: x @ weights.modules[key].a.double().T for key, x in inputs.items()}
+    second = {key: h.T @ h / len(h) for key, h in shrunk.items()}
+    return ShrinkMoments(weights.content_hash, Calibration("text", len(next(iter(inputs.values())))), second)
+
+
+def output_error(pair: LoraPair, module: LadderModule, k: int, x: Tensor) -> float:
+    """Mean squared output error of the first k ranks on the inputs x."""
+    return float(((delta(pair) - prefix(module, k)) @ x.T).square().sum()) / len(x)
 
 
 @st.composite
@@ -158,3 +183,154 @@ def test_global_keeps_at_least_the_energy_of_uniform(make_weights: Callable[...,
     uniform, spread = build_ladder(weights), build_ladder(weights, allocation="global")
     assert all(g >= u for g, u in zip(spread.kept_energy, uniform.kept_energy, strict=True))
     assert spread.kept_energy != uniform.kept_energy
+
+
+class TestWhitened:
+    @given(pair=pairs(), tokens=st.sampled_from([1, 3, 50]), seed=st.integers(0, 2**31))
+    @settings(deadline=None)
+    def test_measured_output_error_is_the_predicted_one_at_every_rank(
+        self, pair: LoraPair, tokens: int, seed: int
+    ) -> None:
+        """Also with fewer tokens than ranks, where the second moment is singular."""
+        weights = LoraWeights("a", "hash", {(0, "q_proj"): pair})
+        inputs = inputs_of(weights, tokens, seed)
+        module = build_ladder(weights, moments=moments_of(weights, inputs)).modules[0, "q_proj"]
+        squares = module.singular_values.double() ** 2
+        total = float(squares.sum())
+        for k in range(len(module.a) + 1):
+            measured = output_error(pair, module, k, inputs[0, "q_proj"])
+            assert measured == pytest.approx(float(squares[k:].sum()), rel=1e-4, abs=1e-6 * total)
+
+    @given(pair=pairs(), tokens=st.sampled_from([1, 3, 50]))
+    @settings(deadline=None)
+    def test_full_rank_is_the_same_update(self, pair: LoraPair, tokens: int) -> None:
+        weights = LoraWeights("a", "hash", {(0, "q_proj"): pair})
+        ladder = build_ladder(weights, moments=moments_of(weights, inputs_of(weights, tokens)))
+        module = ladder.modules[0, "q_proj"]
+        torch.testing.assert_close(prefix(module, len(module.a)), delta(pair), rtol=0, atol=1e-5)
+        identity = torch.eye(len(module.a))
+        torch.testing.assert_close(module.b_t @ module.b_t.T, identity, rtol=0, atol=1e-5)
+
+    def test_no_approximation_of_the_output_has_a_smaller_error(self, make_weights: Callable[..., LoraWeights]) -> None:
+        """The best rank-k approximation of the outputs themselves (Eckart and Young) is the bound."""
+        weights = make_weights(rank=MIXED_RANKS)
+        inputs = inputs_of(weights, 200)
+        ladder = build_ladder(weights, moments=moments_of(weights, inputs))
+        for key, pair in weights.modules.items():
+            best = torch.linalg.svdvals(delta(pair) @ inputs[key].T) ** 2 / 200
+            for k in range(pair.trained_rank + 1):
+                error = output_error(pair, ladder.modules[key], k, inputs[key])
+                assert error == pytest.approx(float(best[k:].sum()), rel=1e-4, abs=1e-6 * float(best.sum()))
+
+    def test_factors_are_those_of_the_formula(self, make_weights: Callable[..., LoraWeights]) -> None:
+        """``R_b G^{1/2} = U S Vᵀ``, ``B' = Q_b U``, ``A' = S Vᵀ G^{-1/2} A``; signs of directions are free."""
+        weights = make_weights(rank=8)
+        moments = moments_of(weights, inputs_of(weights, 300))
+        ladder = build_ladder(weights, moments=moments)
+        for key, pair in weights.modules.items():
+            values, vectors = torch.linalg.eigh(moments.second[key])
+            root = (vectors * values.sqrt()) @ vectors.T
+            q_b, r_b = torch.linalg.qr(pair.scale * pair.b.double())
+            u, s, v_h = torch.linalg.svd(r_b @ root)
+            a = (s[:, None] * v_h) @ torch.linalg.inv(root) @ pair.a.double()
+            module = ladder.modules[key]
+            torch.testing.assert_close(module.singular_values.double(), s, rtol=1e-5, atol=0)
+            sign = ((q_b @ u).T * module.b_t).sum(dim=1).sign()
+            torch.testing.assert_close(module.b_t.double(), sign[:, None] * (q_b @ u).T, rtol=0, atol=1e-5)
+            torch.testing.assert_close(module.a.double(), sign[:, None] * a, rtol=0, atol=1e-4)
+
+    def test_white_inputs_give_the_plain_ladder(self, make_weights: Callable[..., LoraWeights]) -> None:
+        weights = make_weights(rank=MIXED_RANKS)
+        second = {key: (pair.a @ pair.a.T).double() for key, pair in weights.modules.items()}
+        white = ShrinkMoments(weights.content_hash, Calibration("text", 1), second)
+        plain, whitened = build_ladder(weights), build_ladder(weights, moments=white)
+        for key, module in plain.modules.items():
+            torch.testing.assert_close(
+                whitened.modules[key].singular_values, module.singular_values, rtol=1e-4, atol=1e-5
+            )
+
+    def test_directions_that_the_data_never_shows_come_last_in_plain_order(
+        self, make_weights: Callable[..., LoraWeights]
+    ) -> None:
+        weights = make_weights(rank=8)
+        inputs = {key: x[:3] for key, x in inputs_of(weights, 3).items()}
+        ladder = build_ladder(weights, moments=moments_of(weights, inputs))
+        for module in ladder.modules.values():
+            assert (module.singular_values[:3] > 0).all() and not module.singular_values[3:].any()
+            rows = module.a[3:].double()
+            torch.testing.assert_close(torch.linalg.svdvals(rows), rows.norm(dim=1), rtol=1e-4, atol=0)
+
+    def test_errors_energies_and_allocation_follow_the_outputs(self, make_weights: Callable[..., LoraWeights]) -> None:
+        weights = make_weights(rank=MIXED_RANKS)
+        inputs = inputs_of(weights, 100)
+        moments = moments_of(weights, inputs)
+        uniform, spread = (build_ladder(weights, allocation=each, moments=moments) for each in BOTH)
+        for ladder in (uniform, spread):
+            assert (ladder.kind, ladder.calibration) == ("whitened", Calibration("text", 100))
+            for i, predicted in enumerate(ladder.truncation_errors):
+                measured = sum(
+                    output_error(weights.modules[key], ladder.modules[key], ranks[i], inputs[key])
+                    for key, ranks in ladder.active_ranks.items()
+                )
+                assert measured == pytest.approx(predicted, rel=1e-4, abs=1e-6 * ladder.truncation_errors[0])
+                kept = 1.0 - predicted / ladder.truncation_errors[0]
+                assert ladder.kept_energy[i] == pytest.approx(kept, abs=1e-9)
+        assert all(g <= u for g, u in zip(spread.truncation_errors, uniform.truncation_errors, strict=True))
+
+    def test_a_silent_module_falls_back_to_the_plain_order(self, make_weights: Callable[..., LoraWeights]) -> None:
+        weights = make_weights(rank=4)
+        second = {key: torch.zeros(4, 4, dtype=torch.float64) for key in weights.modules}
+        ladder = build_ladder(weights, moments=ShrinkMoments(weights.content_hash, Calibration("t", 1), second))
+        plain = build_ladder(weights)
+        assert ladder.kept_energy == (1.0,) * len(ladder.rungs)
+        for key, module in ladder.modules.items():
+            torch.testing.assert_close(prefix(module, 2), prefix(plain.modules[key], 2), rtol=0, atol=1e-5)
+
+
+def test_plain_errors_are_those_of_the_weights(make_weights: Callable[..., LoraWeights]) -> None:
+    weights = make_weights(rank=MIXED_RANKS)
+    ladder = build_ladder(weights, allocation="global")
+    assert (ladder.kind, ladder.allocation, ladder.calibration) == ("plain", "global", None)
+    for i, predicted in enumerate(ladder.truncation_errors):
+        measured = sum(
+            float((delta(weights.modules[key]) - prefix(ladder.modules[key], ranks[i])).square().sum())
+            for key, ranks in ladder.active_ranks.items()
+        )
+        assert measured == pytest.approx(predicted, rel=1e-5, abs=1e-6)
+
+
+def test_global_is_the_best_of_all_ways_to_spend_the_total() -> None:
+    generator = torch.Generator().manual_seed(3)
+    modules = {
+        (layer, "q_proj"): LoraPair(
+            torch.randn(3, 5, generator=generator), torch.randn(6, 3, generator=generator), 3, 2.0**layer
+        )
+        for layer in range(3)
+    }
+    ladder = build_ladder(LoraWeights("a", "hash", modules), allocation="global")
+    squares = [module.singular_values.double() ** 2 for module in ladder.modules.values()]
+    for i, rung in enumerate(ladder.rungs):
+        ways = (way for way in itertools.product(range(4), repeat=3) if sum(way) == 3 * rung)
+        best = min(sum(float(s[k:].sum()) for s, k in zip(squares, way, strict=True)) for way in ways)
+        assert ladder.truncation_errors[i] == pytest.approx(best)
+
+
+class TestMomentsThatDoNotFit:
+    @pytest.fixture
+    def weights(self, make_weights: Callable[..., LoraWeights]) -> LoraWeights:
+        return make_weights(rank={(0, "q_proj"): 4, (1, "up_proj"): 4})
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"adapter_hash": "other"}, "content other.*gather them again"),
+            ({"calibration": Calibration("text", 0)}, "no tokens"),
+            ({"second": {}}, r"layer 0 q_proj: moment None; expected is \(4, 4\)"),
+            ({"second": {(0, "q_proj"): torch.eye(3)}}, r"moment \(3, 3\)"),
+            ({"second": {(0, "q_proj"): torch.full((4, 4), float("nan"))}}, "layer 0 q_proj.*NaN"),
+        ],
+    )
+    def test_are_refused(self, weights: LoraWeights, change: dict[str, Any], message: str) -> None:
+        moments = moments_of(weights, inputs_of(weights, 5))
+        with pytest.raises(InvalidCalibration, match=message):
+            build_ladder(weights, moments=replace(moments, **change))

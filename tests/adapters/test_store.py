@@ -6,6 +6,7 @@ import torch
 from chunkwise_adapters.format import TARGETS, AdapterConflict, AdapterNotFound, LoraWeights
 from chunkwise_adapters.ladder import RankLadder, build_ladder
 from chunkwise_adapters.store import AdapterStore, ResidentModule, TargetSlice
+from chunkwise_adapters.whitening import Calibration, ShrinkMoments
 
 CPU = torch.device("cpu")
 SIZES = {"hidden": 48, "kv": 40, "mlp": 64}
@@ -108,6 +109,11 @@ def test_a_taken_name_is_refused_for_other_content_or_another_ladder(
         store.add(build_ladder(make_weights("squad", rank=16, seed=1), rungs=(0,)))
     with pytest.raises(AdapterConflict, match="another ladder"):
         store.add(build_ladder(make_weights("squad", rank=16, seed=1), allocation="global"))
+    weights = make_weights("squad", rank=16, seed=1)
+    second = {key: torch.eye(16, dtype=torch.float64) for key in weights.modules}
+    moments = ShrinkMoments(weights.content_hash, Calibration("text", 1), second)
+    with pytest.raises(AdapterConflict, match="another ladder"):
+        store.add(build_ladder(weights, moments=moments))
     assert store.get("squad") is resident
 
 

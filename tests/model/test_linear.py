@@ -1,25 +1,38 @@
-"""Every product equals the plain one, at every number of rows, on slices as well."""
+"""Base matrices, plain and in 8 bits."""
 
 from __future__ import annotations
 
-import pytest
 import torch
+import torch.nn.functional as F
 
-from chunkwise.model.linear import choose_product, plain_product, skinny_product
+from chunkwise.model.linear import Matrix, quantize_rows
 
-
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 33])
-def test_skinny_product_equals_the_plain_one(rows: int) -> None:
-    torch.manual_seed(rows)
-    wide, weight = torch.randn(rows, 80), torch.randn(50, 40)
-    for x in (wide[:, :40].contiguous(), wide[:, 40:]):
-        got = skinny_product(x, weight)
-        assert got.is_contiguous()
-        torch.testing.assert_close(got, plain_product(x, weight))
-        torch.testing.assert_close(got, (x.double() @ weight.double().T).float())
+WEIGHT = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 24)[:, None]
 
 
-def test_choice_follows_device_and_type() -> None:
-    assert choose_product(torch.device("cpu"), torch.float32) is skinny_product
-    assert choose_product(torch.device("cpu"), torch.bfloat16) is plain_product
-    assert choose_product(torch.device("cuda"), torch.float32) is plain_product
+def test_a_plain_matrix_multiplies_as_torch_does() -> None:
+    x = torch.randn(3, 40)
+    assert torch.equal(Matrix(WEIGHT).times(x), F.linear(x, WEIGHT))
+    assert torch.equal(Matrix(WEIGHT).rows(torch.tensor([5, 0, 5]), torch.float32), WEIGHT[[5, 0, 5]])
+
+
+def test_eight_bits_are_off_by_at_most_half_a_scale() -> None:
+    matrix = quantize_rows(WEIGHT)
+    assert matrix.data.dtype == torch.int8 and matrix.scales is not None
+    assert ((matrix.dense(torch.float32) - WEIGHT).abs() <= matrix.scales[:, None] * 0.5001).all()
+    # Every row uses the whole range, so small rows are as precise as large ones.
+    assert (matrix.data.abs().amax(dim=1) == 127).all()
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    weight = WEIGHT.clone()
+    weight[3] = 0.0
+    dense = quantize_rows(weight).dense(torch.float32)
+    assert (dense[3] == 0.0).all() and torch.isfinite(dense).all()
+
+
+def test_rows_and_products_agree_with_the_dense_matrix() -> None:
+    matrix, x, ids = quantize_rows(WEIGHT), torch.randn(3, 40), torch.tensor([7, 23, 0])
+    dense = matrix.dense(torch.float32)
+    assert torch.equal(matrix.rows(ids, torch.float32), dense[ids])
+    assert torch.equal(matrix.times(x), F.linear(x, dense))

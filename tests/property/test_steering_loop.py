@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from hypothesis import given, settings
@@ -33,6 +33,7 @@ class Scenario:
     requests: int
     seed: int
     results_before_signals: bool
+    ahead: bool = False
 
 
 @dataclass
@@ -74,7 +75,10 @@ def scenarios(draw: st.DrawFn) -> Scenario:
 
 
 class Loop:
-    """Flush, start step n, observe step n-1, take the results of step n; checks what must hold at every flush."""
+    """Flush, start step n, observe step n-1, take the results of step n; checks what must hold at every flush.
+
+    With ``ahead``, the flush of step n+1 comes before the results of step n, unless a request arrives between them.
+    """
 
     def __init__(self, scenario: Scenario) -> None:
         self.policy = scenario.policy
@@ -82,23 +86,28 @@ class Loop:
         self.updates: list[SteeringUpdate] = []
         self._random = random.Random(scenario.seed)
         self._results_before_signals = scenario.results_before_signals
+        self._ahead = scenario.ahead
         self._trailing = StepSignals(0)
         self.requests = [self._request(index) for index in range(scenario.requests)]
 
     def run(self) -> None:
-        step = 0
+        step, flushed = 0, False
         while any(request.report is None for request in self.requests):
             live = [request for request in self.requests if request.report is None and request.arrival <= step]
             for request in live:
                 if request.arrival == step:
                     self.controller.admit(request.id, request.prompt, request.adapter)
-            self._flush()
+            if not flushed:
+                self._flush()
             signals = StepSignals(step, tuple(self._compute(live)))
             if self._results_before_signals:
                 self._take_results(live)
                 self.controller.observe(self._trailing)
             else:
                 self.controller.observe(self._trailing)
+                flushed = self._ahead and all(request.arrival != step + 1 for request in self.requests)
+                if flushed:
+                    self._flush(ahead=True)
                 self._take_results(live)
             self._trailing = signals
             step += 1
@@ -115,8 +124,8 @@ class Loop:
             new_tokens=self._random.randint(1, 60),
         )
 
-    def _flush(self) -> None:
-        update = self.controller.flush()
+    def _flush(self, ahead: bool = False) -> None:
+        update = self.controller.flush(ahead)
         if update is None:
             return
         self.updates.append(update)
@@ -217,6 +226,21 @@ def test_kv_decisions_are_easy_chunks_that_never_overlap(scenario: Scenario) -> 
             chunk = told[decision.end]
             assert decision.start == max(chunk.start, scenario.policy.kv.sink_tokens)
             assert chunk.complexity < scenario.policy.kv.easy_below
+
+
+@given(scenarios())
+@settings(deadline=None, max_examples=150)
+def test_steps_that_are_sent_ahead_are_steered_as_others(scenario: Scenario) -> None:
+    """What is decided for a request after its last token, which is not known ahead, comes on top."""
+    usual = Loop(replace(scenario, results_before_signals=False))
+    ahead = Loop(replace(scenario, results_before_signals=False, ahead=True))
+    usual.run()
+    ahead.run()
+    for request, twin in zip(usual.requests, ahead.requests, strict=True):
+        assert twin.computed == request.computed
+        assert twin.chunks[: len(request.chunks)] == request.chunks
+        assert twin.kv[: len(request.kv)] == request.kv
+        assert all(chunk.start >= request.computed for chunk in twin.chunks[len(request.chunks) :])
 
 
 @given(scenarios())

@@ -226,6 +226,22 @@ def test_stop_sequence_split_over_tokens_is_found(driver: Driver) -> None:
     pytest.fail("no answer held three printable letters")
 
 
+def test_a_decode_sent_ahead_passes_over_what_has_ended(driver: Driver) -> None:
+    """Its steering updates count all the same, and its signals come, since somebody waits for them."""
+    ends, goes_on = driver.prefill([request(1, new=1)]), driver.prefill([request(2, new=3)])
+    assert ends.batch is None
+    assert goes_on.batch is not None
+    driver.steer(SteeringUpdate(1, released=(1,)))
+    result, signals = driver.engine.decode([1], 1, 7, may_have_ended=True)
+    assert (result.generations, result.batch, signals.step, signals.signals) == ((), None, 7, ())
+    result, _ = driver.engine.decode([1, goes_on.batch.id], 1, 8, may_have_ended=True)
+    assert [generation.request_id for generation in result.generations] == [2]
+    assert result.batch is not None
+    assert result.batch.id == goes_on.batch.id
+    with pytest.raises(InvalidRequest, match="not cached"):
+        driver.engine.decode([1], 1, 9)
+
+
 def test_end_of_sequence_is_reported_and_left_out_of_the_text(driver: Driver) -> None:
     """The tiny model is random, so end-of-sequence is forced by a repetition penalty's opposite: search a prompt."""
     for seed in range(200):
@@ -236,7 +252,8 @@ def test_end_of_sequence_is_reported_and_left_out_of_the_text(driver: Driver) ->
         (last,) = result.generations
         if last.text is not None and last.text.finish_reason is FinishReason.EOS_TOKEN:
             assert last.token.special
-            assert last.token.text == "<eos>"
+            # Random bytes may come before it that do not end a character.
+            assert last.token.text.endswith("<eos>")
             assert "<eos>" not in last.text.text
             assert last.text.seed == seed
             return

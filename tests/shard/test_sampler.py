@@ -20,7 +20,7 @@ from transformers import (
 
 from chunkwise.core import Grammar, SamplingParams
 from chunkwise.shard.grammar import GrammarCompiler
-from chunkwise.shard.sampler import TokenChooser, normalized_entropy
+from chunkwise.shard.sampler import TokenChooser, keep_top_p, read_logits
 from chunkwise.shard.watermark import Watermark
 from tiny import make_tokenizer
 
@@ -149,6 +149,30 @@ def test_top_k_one_equals_greedy() -> None:
         assert TokenChooser(SamplingParams(top_k=1, seed=seed), []).choose(logits)[0] == int(logits.argmax())
 
 
+@given(
+    seed=st.integers(0, 1000),
+    size=st.sampled_from([1, 2, 50, 3000]),
+    spread=st.sampled_from([0.0, 0.1, 1.0, 5.0, 50.0]),
+    p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999, 1 - 1e-9]),
+)
+def test_top_p_keeps_the_fewest_tokens_that_reach_p(seed: int, size: int, spread: float, p: float) -> None:
+    """Against its definition in fp64. Sums of fp32 may miss p by a little, so a token more or fewer is right, too."""
+    scores = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * spread
+    kept = torch.isfinite(keep_top_p(scores, p))
+    probabilities = scores.double().softmax(dim=-1)
+    least = probabilities[kept].min()
+    assert kept.any()
+    assert (probabilities[~kept] <= least).all()
+    assert probabilities[kept].sum() >= p - 1e-4
+    assert probabilities[probabilities > least].sum() < p + 1e-4
+
+
+def test_a_token_without_probability_is_never_drawn() -> None:
+    scores = torch.tensor([-math.inf, 0.0, -math.inf, -200.0, 0.0, -math.inf])
+    chooser = TokenChooser(SamplingParams(do_sample=True, seed=5), [])
+    assert {chooser.choose(scores)[0] for _ in range(300)} == {1, 4}
+
+
 def test_draws_follow_the_distribution() -> None:
     """20,000 draws of a known distribution: every frequency lies within five standard errors."""
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
@@ -160,9 +184,34 @@ def test_draws_follow_the_distribution() -> None:
 
 def test_entropy_of_certain_and_uniform_distributions() -> None:
     logits = torch.stack([torch.zeros(64), torch.tensor([100.0] + [0.0] * 63)])
-    entropy = normalized_entropy(logits)
-    assert entropy[0].item() == pytest.approx(1.0)
-    assert entropy[1].item() == pytest.approx(0.0, abs=1e-6)
+    assert read_logits(logits).entropies == pytest.approx([1.0, 0.0], abs=1e-6)
     half = torch.zeros(64)
     half[:32] = 50.0
-    assert normalized_entropy(half[None]).item() == pytest.approx(math.log(32) / math.log(64), rel=1e-4)
+    assert read_logits(half[None]).entropies == pytest.approx([math.log(32) / math.log(64)], rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 8, 9, 20])
+def test_what_is_read_at_once_is_what_a_greedy_chooser_finds_row_by_row(rows: int) -> None:
+    """Ties included: both take the first of several likeliest tokens."""
+    logits = torch.stack([_scores(seed) for seed in range(rows)]).round()
+    readings = read_logits(logits)
+    for row in range(rows):
+        chooser = TokenChooser(SamplingParams(), PROMPT)
+        id, log_p = chooser.choose(logits[row])
+        assert chooser.takes_likeliest
+        assert (readings.likeliest[row], readings.logprobs[row]) == (id, log_p[id].item())
+        p = log_p.double().exp()
+        assert readings.entropies[row] == pytest.approx(-float((p * p.log()).sum()) / math.log(50), rel=1e-5)
+
+
+@pytest.mark.parametrize("params", [SamplingParams(top_k=3), SamplingParams(frequency_penalty=0.1)])
+def test_only_a_chooser_that_changes_nothing_takes_the_likeliest(params: SamplingParams) -> None:
+    assert not TokenChooser(params, PROMPT).takes_likeliest
+    assert not TokenChooser(SamplingParams(), PROMPT, watermark=Watermark()).takes_likeliest
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_row_with_a_logit_that_is_not_finite_has_no_entropy_and_its_neighbours_do(value: float) -> None:
+    logits = torch.stack([_scores(seed) for seed in range(3)])
+    logits[1, 17] = value
+    assert [math.isnan(entropy) for entropy in read_logits(logits).entropies] == [False, True, False]

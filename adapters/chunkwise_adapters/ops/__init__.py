@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -18,5 +20,9 @@ GatedLora = Callable[[Tensor, Tensor, Sequence[LoraSegment], ModuleKey], None]
 
 
 def choose_op(device: torch.device) -> GatedLora:
-    """The fastest version that runs on ``device``. The grouped torch version runs on every device."""
+    """The fastest version that runs on ``device``: Triton's on a CUDA device where it is installed, else the grouped
+    torch version, which runs on every device."""
+    if device.type == "cuda" and find_spec("triton") is not None:
+        op: GatedLora = import_module("chunkwise_adapters.ops.triton").TritonLora(device)
+        return op
     return cpu.gated_lora_

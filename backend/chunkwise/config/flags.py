@@ -7,6 +7,9 @@ import argparse
 from collections.abc import Mapping
 from typing import Any
 
+from chunkwise.config.bench_flags import add_bench
+from chunkwise.config.eval_flags import add_eval_parser
+from chunkwise.config.ladder_flags import add_ladder_parser
 from chunkwise.core import ChunkwiseError
 
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -54,7 +57,7 @@ def _model_flags(flags: _Flags) -> None:
     flags.value(
         "--dtype", "data type of weights and KV cache; default float32 on CPU, the checkpoint's on GPU", choices=_DTYPES
     )
-    flags.value("--quantize", "TGI's flag for weight formats; none is implemented yet, so any value is refused")
+    flags.value("--quantize", "int8: keep the base matrices in 8 bits; on CPU, which then computes in float32")
     flags.value(
         "--lora-adapters", "adapters to serve: name=path, name=path@revision, hub/id or hub/id@revision, by comma"
     )
@@ -64,6 +67,7 @@ def _model_flags(flags: _Flags) -> None:
     flags.value("--watermark-gamma", "share of the vocabulary that a watermark favours", kind=float, default=0.5)
     flags.value("--watermark-delta", "what a watermark adds to the scores of that share", kind=float, default=2.0)
     flags.value("--threads", "CPU threads of each shard; default: the machine's cores over the shards", kind=int)
+    flags.switch("--record-cuda-graphs", "run decode steps on one GPU as CUDA graphs; not yet tried on a GPU")
     _log_flags(flags)
 
 
@@ -141,4 +145,8 @@ def build_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
     flags.value("--world-size", "number of shards", kind=int, default=1)
     flags.value("--master-addr", "host where rank 0 of the process group listens", default="127.0.0.1")
     flags.value("--master-port", "port where rank 0 of the process group listens", kind=int, default=29500)
+
+    add_eval_parser(commands)
+    add_ladder_parser(commands)
+    add_bench(commands)
     return parser

@@ -50,8 +50,12 @@ def _log(args: argparse.Namespace) -> LogSettings:
 
 
 def _check_model(args: argparse.Namespace) -> None:
-    if args.quantize:
-        raise InvalidFlags(f"--quantize is {args.quantize!r}; no weight format but the plain one is implemented yet")
+    if args.quantize not in (None, "", "int8"):
+        raise InvalidFlags(
+            f"--quantize is {args.quantize!r}; use int8, or leave it out and serve the weights as they are"
+        )
+    if args.quantize and args.dtype not in (None, "float32"):
+        raise InvalidFlags(f"--quantize int8 computes in float32, not in {args.dtype}; leave --dtype out")
     for name in ("max_batch_total_tokens", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -137,12 +141,14 @@ def shard_settings(args: argparse.Namespace) -> ShardSettings:
         revision=args.revision,
         parallel=ParallelSettings(args.rank, args.world_size, args.master_addr, args.master_port),
         dtype=args.dtype,
+        int8=args.quantize == "int8",
         adapters=parse_lora_adapters(args.lora_adapters or ""),
         max_batch_total_tokens=args.max_batch_total_tokens,
         prefix_caching=not args.disable_prefix_caching,
         prefill_logprobs=args.enable_prefill_logprobs,
         watermark=_watermark(args),
         threads=args.threads,
+        cuda_graphs=args.record_cuda_graphs,
         log=_log(args),
     )
 

@@ -103,8 +103,8 @@ class WatermarkSettings:
 class ShardSettings:
     """Everything a shard process needs.
 
-    ``urls`` lists the listening address of every shard, by rank ("unix://path" or "host:port").
-    ``max_batch_total_tokens`` sizes the KV cache (None: from the memory that is free at Warmup).
+    ``urls`` lists the listening address of every shard, by rank ("unix://path" or "host:port"). ``int8`` keeps the base
+    matrices in 8 bits. ``max_batch_total_tokens`` sizes the KV cache (None: from the memory that is free at Warmup).
     """
 
     model_id: str
@@ -112,12 +112,14 @@ class ShardSettings:
     revision: str | None = None
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     dtype: str | None = None
+    int8: bool = False
     adapters: tuple[AdapterSource, ...] = ()
     max_batch_total_tokens: int | None = None
     prefix_caching: bool = True
     prefill_logprobs: bool = False
     watermark: WatermarkSettings = field(default_factory=WatermarkSettings)
     threads: int | None = None
+    cuda_graphs: bool = False
     log: LogSettings = field(default_factory=LogSettings)
 
 

@@ -30,6 +30,8 @@ _QUANTIZE = (
     "eetq",
     "fp8",
 )
+# Formats that TGI makes of a plain checkpoint while it loads, 8 bits a weight.
+_INT8 = ("bitsandbytes", "eetq")
 _PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -46,6 +48,7 @@ class TgiServeSettings:
     uds_path: str
     parallel: ParallelSettings
     dtype: str | None = None
+    int8: bool = False
     adapters: tuple[AdapterSource, ...] = ()
     prefill_logprobs: bool = False
     threads: int | None = None
@@ -89,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     _common_flags(serve)
     serve.add_argument("--uds-path", default="/tmp/text-generation-server", help="socket path without its -RANK")
     serve.add_argument("--sharded", action=BooleanOptionalAction, default=False, help=f"needs {', '.join(_PLACE)}")
-    serve.add_argument("--quantize", choices=_QUANTIZE, help="refused: no weight format but the plain one is there")
+    serve.add_argument("--quantize", choices=_QUANTIZE, help="bitsandbytes and eetq: 8-bit weights; others are refused")
     serve.add_argument("--speculate", type=int, help="ignored: one token per step")
     serve.add_argument("--dtype", choices=("float16", "bfloat16"), help="data type of weights and KV cache")
     serve.add_argument("--kv-cache-dtype", choices=("fp8_e4m3fn", "fp8_e5m2"), help="ignored: the policy decides")
@@ -120,10 +123,10 @@ def _common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve_settings(args: argparse.Namespace, env: Mapping[str, str], log: LogSettings) -> TgiServeSettings:
-    if args.quantize is not None:
+    if args.quantize not in (None, *_INT8):
         raise InvalidFlags(
-            f"--quantize is {args.quantize!r}, but no weight format other than the plain one is implemented; "
-            "serve the original checkpoint without it"
+            f"--quantize is {args.quantize!r}; of TGI's formats there are {' and '.join(_INT8)}, both as 8-bit "
+            "weights; use one of them or serve the original checkpoint without it"
         )
     _refuse_rope(env)
     policy = env.get("CHUNKWISE_POLICY") or None
@@ -134,7 +137,9 @@ def _serve_settings(args: argparse.Namespace, env: Mapping[str, str], log: LogSe
         revision=args.revision,
         uds_path=args.uds_path,
         parallel=_place(env) if args.sharded else ParallelSettings(),
-        dtype=args.dtype,
+        # 8-bit weights are computed with in float32, whatever type TGI's launcher adds.
+        dtype=None if args.quantize else args.dtype,
+        int8=args.quantize is not None,
         adapters=parse_lora_adapters(env.get("LORA_ADAPTERS", "")),
         prefill_logprobs=_is_on(env, "REQUEST_LOGPROBS"),
         threads=_threads(env),

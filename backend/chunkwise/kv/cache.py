@@ -69,8 +69,8 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     and only touched pages count; without huge pages, of which one holds many of ours."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    memory = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1))
-    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    memory = mmap.mmap(-1, max(math.prod(shape) * dtype.itemsize, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)[: math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
 
 
@@ -92,14 +92,30 @@ class KvCache:
         capacities = _capacities(page_bytes, budget_bytes, device)
         self.allocator = PageAllocator(page_bytes, budget_bytes, capacities)
         self.prefix = PrefixCache(self.allocator)
-        page = (shape.page_size, shape.heads, shape.head_dim)
+        # One head's part of a page lies together: attention reads it as one run of memory.
+        page = (shape.heads, shape.page_size, shape.head_dim)
         full, int8 = capacities[KvFormat.FULL] + 1, capacities[KvFormat.INT8] + 1
         self._keys = _zeros((shape.layers, full, *page), dtype, device)
         self._values = _zeros((shape.layers, full, *page), dtype, device)
         self._keys_q = _zeros((shape.layers, int8, *page), torch.int8, device)
         self._values_q = _zeros((shape.layers, int8, *page), torch.int8, device)
         self._key_scales = _zeros((shape.layers, int8, shape.heads, shape.head_dim), torch.float32, device)
-        self._value_scales = _zeros((shape.layers, int8, shape.page_size, shape.heads), torch.float32, device)
+        self._value_scales = _zeros((shape.layers, int8, shape.heads, shape.page_size), torch.float32, device)
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        """Where the pools begin, on CPU, and how many pages they have."""
+        return {
+            "page_size": self.shape.page_size,
+            "full_pages": self._keys.shape[1],
+            "int8_pages": self._keys_q.shape[1],
+            "keys": self._keys.data_ptr(),
+            "values": self._values.data_ptr(),
+            "keys_q": self._keys_q.data_ptr(),
+            "values_q": self._values_q.data_ptr(),
+            "key_scales": self._key_scales.data_ptr(),
+            "value_scales": self._value_scales.data_ptr(),
+        }
 
     def allocate(self, kind: KvFormat) -> PageRef:
         """One page; idle pages of earlier prompts make room if they must. Raises OutOfPages."""
@@ -123,18 +139,17 @@ class KvCache:
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Stores ``keys`` and ``values`` ``[tokens, heads, head_dim]`` of one layer at ``slots`` ``[tokens]``; slot =
         page index * page size + offset, in the full pool."""
-        flat = (-1, self.shape.heads, self.shape.head_dim)
-        self._keys[layer].view(flat).index_copy_(0, slots, keys)
-        self._values[layer].view(flat).index_copy_(0, slots, values)
+        pages, offsets = slots // self.shape.page_size, slots % self.shape.page_size
+        self._keys[layer][pages, :, offsets] = keys
+        self._values[layer][pages, :, offsets] = values
 
     def gather(self, layer: int, plan: GatherPlan) -> tuple[Tensor, Tensor]:
         """Keys and values of the planned pages, each ``[pages * page size, heads, head_dim]`` in the model's dtype.
         Positions beyond what was written hold finite leftovers and must be masked."""
-        flat = (plan.pages * self.shape.page_size, self.shape.heads, self.shape.head_dim)
         keys = self._keys[layer].index_select(0, plan.full)
         values = self._values[layer].index_select(0, plan.full)
         if plan.int8.numel() == 0:
-            return keys.view(flat), values.view(flat)
+            return self._by_position(keys), self._by_position(values)
         block = (plan.pages, *keys.shape[1:])
         all_keys, all_values = keys.new_empty(block), keys.new_empty(block)
         all_keys.index_copy_(0, plan.full_to, keys)
@@ -143,7 +158,10 @@ class KvCache:
         values_q, value_scales = self._values_q[layer][plan.int8], self._value_scales[layer][plan.int8]
         all_keys.index_copy_(0, plan.int8_to, dequantize_keys(keys_q, key_scales, self.dtype))
         all_values.index_copy_(0, plan.int8_to, dequantize_values(values_q, value_scales, self.dtype))
-        return all_keys.view(flat), all_values.view(flat)
+        return self._by_position(all_keys), self._by_position(all_values)
+
+    def _by_position(self, pages: Tensor) -> Tensor:
+        return pages.transpose(1, 2).reshape(-1, self.shape.heads, self.shape.head_dim)
 
     def compress(self, pages: Sequence[PageRef]) -> list[PageRef]:
         """Copies full pages to int8 pages and returns, in the same order, the pages that the caller holds from now on.

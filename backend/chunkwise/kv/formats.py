@@ -22,29 +22,29 @@ def quantize_keys(keys: Tensor) -> tuple[Tensor, Tensor]:
     """Semantics: ``keys ≈ q * scale`` with one scale per page, head and channel.
 
     Args:
-        keys: ``[..., page, heads, dim]``.
+        keys: ``[..., heads, page, dim]``.
 
     Returns:
         ``q`` int8 of the same shape, and ``scale`` fp32 ``[..., heads, dim]``. The error is at most half a scale.
     """
-    return _quantize(keys, dim=-3)
+    return _quantize(keys, dim=-2)
 
 
 def quantize_values(values: Tensor) -> tuple[Tensor, Tensor]:
     """Semantics: ``values ≈ q * scale`` with one scale per token and head.
 
     Args:
-        values: ``[..., page, heads, dim]``.
+        values: ``[..., heads, page, dim]``.
 
     Returns:
-        ``q`` int8 of the same shape, and ``scale`` fp32 ``[..., page, heads]``. The error is at most half a scale.
+        ``q`` int8 of the same shape, and ``scale`` fp32 ``[..., heads, page]``. The error is at most half a scale.
     """
     return _quantize(values, dim=-1)
 
 
 def dequantize_keys(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `quantize_keys` up to rounding."""
-    return (q * scale.unsqueeze(-3)).to(dtype)
+    return (q * scale.unsqueeze(-2)).to(dtype)
 
 
 def dequantize_values(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,6 +28,8 @@ _SHARED = ("json_output", "log_level")
 _SHARD_FLAGS = (
     *_SHARED,
     "dtype",
+    "quantize",
+    "record_cuda_graphs",
     "max_batch_total_tokens",
     "enable_prefill_logprobs",
     "disable_prefix_caching",

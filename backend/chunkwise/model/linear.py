@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,35 +11,37 @@ from torch import Tensor
 from chunkwise_adapters.gate import LoraSegment
 from chunkwise_adapters.ops import GatedLora
 
-Product = Callable[[Tensor, Tensor], Tensor]
-"""(x [T, in], weight [out, in]) -> x weightᵀ [T, out], contiguous."""
-
-# Most rows for which `skinny_product` is the faster one; measured, see there.
-_SKINNY_ROWS = 8
+_INT8_MAX = 127.0
 
 
-def plain_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Semantics: ``x weightᵀ``."""
-    return F.linear(x, weight)
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """A base weight ``[out, in]``: ``data`` in the model's type or a smaller one with ``scales`` None, or int8 ``data``
+    with one fp32 scale per row ``[out]``."""
+
+    data: Tensor
+    scales: Tensor | None = None
+
+    def dense(self, dtype: torch.dtype) -> Tensor:
+        """The whole matrix in ``dtype``."""
+        return self.data.to(dtype) if self.scales is None else (self.data * self.scales[:, None]).to(dtype)
+
+    def times(self, x: Tensor) -> Tensor:
+        """``x`` [T, in] times the transposed matrix, ``[T, out]``."""
+        return F.linear(x, self.dense(x.dtype))
+
+    def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows ``ids`` [T], ``[T, in]``."""
+        rows = F.embedding(ids, self.data)
+        return rows.to(dtype) if self.scales is None else (rows * F.embedding(ids, self.scales[:, None])).to(dtype)
 
 
-def skinny_product(x: Tensor, weight: Tensor) -> Tensor:
-    """Semantics: ``x weightᵀ`` for few rows, computed as ``(weight xᵀ)ᵀ``.
-
-    For two to eight rows of fp32 the CPU library takes longer in the other form, most so at two, and from about twelve
-    on there is no difference. One row is the exception and is run as two. `scripts/bench_products` measures both.
-    """
-    rows = x.shape[0]
-    if rows > _SKINNY_ROWS:
-        return F.linear(x, weight)
-    # repeat, not expand: a row of stride 0 would take the slow way again.
-    padded = x.repeat(2, 1) if rows == 1 else x
-    return torch.mm(weight, padded.t()).t()[:rows].contiguous()
-
-
-def choose_product(device: torch.device, dtype: torch.dtype) -> Product:
-    """The faster product on this device and type."""
-    return skinny_product if device.type == "cpu" and dtype == torch.float32 else plain_product
+def quantize_rows(weight: Tensor) -> Matrix:
+    """``weight`` [out, in] in 8 bits, each row scaled by its largest magnitude; the error is at most half a scale."""
+    scales = weight.float().abs().amax(dim=1).div_(_INT8_MAX)
+    # A row of zeros has scale 0; dividing by 1 instead keeps it exactly zero.
+    safe = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return Matrix(torch.round(weight.float() / safe[:, None]).clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8), scales)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,15 +54,14 @@ class Projection:
     """
 
     layer: int
-    weight: Tensor
+    weight: Matrix
     bias: Tensor | None
     columns: tuple[tuple[str, slice], ...]
-    product: Product
     lora: GatedLora
 
     def forward(self, x: Tensor, segments: tuple[LoraSegment, ...]) -> Tensor:
         """``[T, in]`` to ``[T, out]``."""
-        y = self.product(x, self.weight)
+        y = self.weight.times(x)
         if self.bias is not None:
             y += self.bias
         if segments:

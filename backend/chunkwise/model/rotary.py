@@ -32,11 +32,11 @@ class Rotary:
         frequencies = _scaled(1.0 / spec.rope_theta**exponents, spec.rope_scaling)
         angles = torch.outer(torch.arange(spec.max_position, dtype=torch.float32), frequencies)
         angles = torch.cat([angles, angles], dim=-1)
-        self._cos, self._sin = angles.cos().to(device), angles.sin().to(device)
+        self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
 
     def angles(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """cos and sin at ``positions`` [T], each ``[T, 1, head_dim]``; one look-up serves all layers of a step."""
-        return self._cos[positions][:, None].to(dtype), self._sin[positions][:, None].to(dtype)
+        return self.cos[positions][:, None].to(dtype), self.sin[positions][:, None].to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from chunkwise.kv.cache import GatherPlan
+from chunkwise.kv.pages import PageRef
 from chunkwise_adapters.gate import LoraSegment
 
 
 @dataclass(frozen=True, slots=True)
-class PrefillSpan:
-    """A run of several tokens of one sequence: rows ``[first_row, first_row + tokens)`` of the step, the last of which
-    sits at position ``context - 1``; ``plan`` gathers the pages of all ``context`` positions."""
+class StepSpan:
+    """The tokens of one sequence in a step: rows ``[first_row, first_row + tokens)``, the last of which sits at
+    position ``context - 1``; ``pages`` hold all ``context`` positions, perhaps with room for more."""
 
     first_row: int
     tokens: int
     context: int
-    plan: GatherPlan
-
-
-@dataclass(frozen=True, slots=True)
-class DecodeRows:
-    """One token each of ``sequences`` sequences, at ``rows`` of the step. ``plan`` gathers every sequence's pages,
-    padded to the longest table; ``mask`` ``[sequences, padded context]`` is True at positions that exist; ``contexts``
-    ``[sequences]`` counts them."""
-
-    rows: slice | Tensor
-    sequences: int
-    plan: GatherPlan
-    mask: Tensor
-    contexts: Tensor
+    pages: Sequence[PageRef]
 
 
 @dataclass(frozen=True, slots=True)
 class StepInput:
-    """One ragged batch of ``T`` tokens of ``S`` sequences: decode rows first, then prefill spans.
+    """One ragged batch of ``T`` tokens of ``S`` sequences, whose ``spans`` follow each other: those of one token first.
 
     ``ids``, ``positions`` and ``slots`` are ``[T]``; ``last_rows`` ``[S]`` are the rows whose next-token logits are
-    wanted, in the order decode rows, prefill spans. Of the rows ``scored_rows`` ``[P]`` only the log-probability of the
-    token ``scored_ids`` ``[P]`` is wanted (prompt logprobs).
+    wanted, one per span. Of the rows ``scored_rows`` ``[P]`` only the log-probability of the token ``scored_ids``
+    ``[P]`` is wanted (prompt logprobs).
     """
 
     ids: Tensor
@@ -49,8 +37,7 @@ class StepInput:
     last_rows: Tensor
     scored_rows: Tensor
     scored_ids: Tensor
-    decode: tuple[DecodeRows, ...]
-    prefill: tuple[PrefillSpan, ...]
+    spans: tuple[StepSpan, ...]
     segments: tuple[LoraSegment, ...]
 
 

@@ -816,10 +816,16 @@ class DecodeRequest(google.protobuf.message.Message):
     BATCHES_FIELD_NUMBER: builtins.int
     STEERING_SEQ_FIELD_NUMBER: builtins.int
     STEP_FIELD_NUMBER: builtins.int
+    MAY_HAVE_ENDED_FIELD_NUMBER: builtins.int
     steering_seq: builtins.int
     """steering_seq: as in PrefillRequest."""
     step: builtins.int
     """step: as in PrefillRequest."""
+    may_have_ended: builtins.bool
+    """may_have_ended is set by a caller that sends a step before it has seen the end of the step before: a batch that is
+    not cached has ended meanwhile and is passed over, and with none left the answer is empty. Default false: a batch
+    that is not cached is an error.
+    """
     @property
     def batches(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___CachedBatch]: ...
     def __init__(
@@ -828,8 +834,9 @@ class DecodeRequest(google.protobuf.message.Message):
         batches: collections.abc.Iterable[Global___CachedBatch] | None = ...,
         steering_seq: builtins.int = ...,
         step: builtins.int = ...,
+        may_have_ended: builtins.bool = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["batches", b"batches", "steering_seq", b"steering_seq", "step", b"step"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["batches", b"batches", "may_have_ended", b"may_have_ended", "steering_seq", b"steering_seq", "step", b"step"]) -> None: ...
 
 Global___DecodeRequest: typing_extensions.TypeAlias = DecodeRequest
 

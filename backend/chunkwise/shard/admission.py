@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from chunkwise.core import GenerationRequest, InvalidRequest, SamplingParams, UnknownAdapter, WarmupLimits
+from chunkwise.core import GenerationRequest, InvalidRequest, UnknownAdapter, WarmupLimits
 from chunkwise.shard.detokenizer import Detokenizer
 from chunkwise.shard.grammar import GrammarCompiler
-from chunkwise.shard.sampler import TokenChooser
+from chunkwise.shard.sampler import ForcedChooser, TokenChooser
 from chunkwise.shard.sequence import Sequence
 from chunkwise.shard.watermark import Watermark
 from chunkwise.tokenizer import Tokenizer
@@ -30,7 +30,7 @@ class Admission:
 
         Raises:
             InvalidRequest: an empty or too long prompt, ids beyond the vocabulary, no token to generate, or a grammar
-                that cannot be used.
+                that cannot be used; or forced tokens that are not one per new token.
             UnknownAdapter: the adapter is not resident. The base model never answers in its place.
         """
         ids = self._prompt(request)
@@ -40,7 +40,7 @@ class Admission:
             request=request,
             prompt_tokens=len(ids),
             ids=ids,
-            chooser=self._chooser(request.sampling, ids),
+            chooser=self._chooser(request, ids),
             detokenizer=Detokenizer(self.tokenizer, ids, request.stopping.stop_sequences),
             adapter=adapter,
         )
@@ -58,7 +58,11 @@ class Admission:
             raise InvalidRequest(f"prompt id {max(ids)} is beyond the vocabulary of {self.vocab} ids")
         return ids
 
-    def _chooser(self, sampling: SamplingParams, ids: list[int]) -> TokenChooser:
+    def _chooser(self, request: GenerationRequest, ids: list[int]) -> TokenChooser:
+        if request.forced_ids:
+            _check_forced(request, self.vocab)
+            return ForcedChooser(request.forced_ids)
+        sampling = request.sampling
         grammar = self.grammars.compile(sampling.grammar) if sampling.grammar is not None else None
         return TokenChooser(sampling, ids, grammar, self.watermark if sampling.watermark else None)
 
@@ -69,6 +73,14 @@ class Admission:
             return self.adapters.get(adapter_id)
         except AdapterNotFound as error:
             raise UnknownAdapter(str(error)) from error
+
+
+def _check_forced(request: GenerationRequest, vocab: int) -> None:
+    forced, new = request.forced_ids, request.stopping.max_new_tokens
+    if len(forced) != new:
+        raise InvalidRequest(f"{len(forced)} tokens are forced but max_new_tokens is {new}; make them equal")
+    if max(forced) >= vocab:
+        raise InvalidRequest(f"forced id {max(forced)} is beyond the vocabulary of {vocab} ids")
 
 
 def _check_length(request: GenerationRequest, prompt_tokens: int, limits: WarmupLimits) -> None:

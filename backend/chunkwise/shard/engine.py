@@ -7,6 +7,7 @@ and makes the same decisions, because they depend on token counts and gathered l
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
@@ -84,6 +85,7 @@ class Engine:
         self._live = 0
         self._runner: StepRunner | None = None
         self._limits: WarmupLimits | None = None
+        self._observe: Callable[[SequenceOf[Sequence]], None] | None = None
 
     @property
     def group(self) -> Group:
@@ -167,9 +169,17 @@ class Engine:
             raise GenerationFailed(f"the batch could not be admitted: {error}") from error
         return self._step(batch_id if cached is None else cached, sequences, step, refused)
 
-    def decode(self, batch_ids: SequenceOf[int], seq: int, step: int) -> tuple[StepResult, StepSignals]:
-        """Merges the named batches into the first and runs one step. Raises as `prefill`."""
+    def decode(
+        self, batch_ids: SequenceOf[int], seq: int, step: int, may_have_ended: bool = False
+    ) -> tuple[StepResult, StepSignals]:
+        """Merges the named batches into the first and runs one step; with ``may_have_ended``, those that are cached.
+        Raises as `prefill`."""
         self._require_limits()
+        if may_have_ended:
+            batch_ids = [id for id in batch_ids if id in self._batches]
+            if not batch_ids:
+                self._decisions.apply(seq)
+                return StepResult((), None), StepSignals(step)
         if not batch_ids:
             raise InvalidRequest("Decode names no batch; name at least one")
         unknown = [id for id in batch_ids if id not in self._batches]
@@ -203,6 +213,11 @@ class Engine:
             self._release(self._batches.pop(id, []))
         self._decisions.apply(seq)
 
+    def watch(self, observe: Callable[[SequenceOf[Sequence]], None]) -> None:
+        """Calls ``observe`` after every step with all sequences of the batch, before those that ended give their pages
+        back: what a step did, gates and pages included, can be read off them. It must not change them."""
+        self._observe = observe
+
     def check_integrity(self) -> None:
         """Checks that live sequences hold exactly the pages in use. Raises AssertionError otherwise."""
         if self._runner:
@@ -219,6 +234,8 @@ class Engine:
         except Exception as error:
             self._release(sequences)
             raise GenerationFailed(f"the step failed: {error}") from error
+        if self._observe is not None:
+            self._observe(sequences)
         self._release(outcome.ended)
         live = [s for s in sequences if s not in outcome.ended]
         if live:

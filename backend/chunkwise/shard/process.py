@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 import signal
-import time
 from functools import partial
 from pathlib import Path
 
@@ -15,9 +14,10 @@ import torch
 from chunkwise.config.settings import ShardSettings
 from chunkwise.core import UnsupportedModel
 from chunkwise.hub import hub_commit, locate
-from chunkwise.model.llama import Llama, target_slices
+from chunkwise.model.llama import Llama
 from chunkwise.model.parallel import DistributedGroup, Group, SingleProcess
 from chunkwise.model.spec import load_spec
+from chunkwise.shard.adapters import load_adapters
 from chunkwise.shard.decisions import DecisionTable
 from chunkwise.shard.engine import Engine, EngineSettings
 from chunkwise.shard.grammar import GrammarCompiler
@@ -25,10 +25,6 @@ from chunkwise.shard.lane import Lane
 from chunkwise.shard.server import build_server
 from chunkwise.shard.watermark import Watermark
 from chunkwise.tokenizer import Tokenizer
-from chunkwise_adapters.errors import AdapterError
-from chunkwise_adapters.format import load_adapter
-from chunkwise_adapters.ladder import build_ladder
-from chunkwise_adapters.store import AdapterStore
 
 logger = logging.getLogger(__name__)
 
@@ -42,13 +38,23 @@ def _device(rank: int) -> torch.device:
     return torch.device("cuda", rank % torch.cuda.device_count()) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _dtype(name: str | None, device: torch.device, checkpoint: str) -> torch.dtype:
-    """The asked type; else fp32 on CPU, where half types are slower, and the checkpoint's own on GPU."""
-    name = name or ("float32" if device.type == "cpu" else checkpoint)
+def _types(settings: ShardSettings, device: torch.device, checkpoint: str) -> tuple[torch.dtype, torch.dtype]:
+    """What to compute in, and what to keep the base matrices in.
+
+    A CPU's kernels compute in fp32 and read matrices of fp32, bf16 or int8: bf16 is taken where the checkpoint is, for
+    it widens exactly and is half the reading. Without kernels, in fp16, and on a GPU, both are the same.
+    """
+    name = settings.dtype or checkpoint
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise UnsupportedModel(f"the checkpoint's dtype {name!r} is unknown; set --dtype")
-    return dtype
+    if device.type != "cpu":
+        return dtype, dtype
+    if settings.int8:
+        return torch.float32, torch.int8
+    if settings.dtype == "float16":
+        return dtype, dtype
+    return torch.float32, dtype if dtype == torch.bfloat16 else torch.float32
 
 
 def _group(settings: ShardSettings, device: torch.device) -> Group:
@@ -59,20 +65,6 @@ def _group(settings: ShardSettings, device: torch.device) -> Group:
     return DistributedGroup(place.rank, place.world_size, address, device, _COLLECTIVE_TIMEOUT_SECONDS)
 
 
-def _load_adapters(settings: ShardSettings, model: Llama) -> AdapterStore:
-    store = AdapterStore(target_slices(model.spec, model.plan), model.dtype, model.device)
-    for source in settings.adapters:
-        start = time.perf_counter()
-        try:
-            weights = load_adapter(locate(source.source, source.revision), source.name, model.spec.target_shapes())
-            adapter = store.add(build_ladder(weights))
-        except AdapterError as error:
-            raise UnsupportedModel(f"adapter {source.name!r} cannot be served: {error}") from error
-        seconds = time.perf_counter() - start
-        logger.info("adapter %s: rungs %s, %d bytes, %.1f s", source.name, adapter.rungs, adapter.bytes, seconds)
-    return store
-
-
 def load_engine(settings: ShardSettings, group: Group, device: torch.device, decisions: DecisionTable) -> Engine:
     """The engine of one rank. Call it from the thread that will run the engine.
 
@@ -80,18 +72,33 @@ def load_engine(settings: ShardSettings, group: Group, device: torch.device, dec
         UnsupportedModel: a checkpoint, an adapter or a parallel layout that cannot be served.
     """
     threads = settings.threads or max((os.cpu_count() or 1) // settings.parallel.world_size, 1)
-    torch.set_num_threads(threads)
     model_dir = locate(settings.model_id, settings.revision)
     tokenizer = Tokenizer(model_dir)
-    dtype = _dtype(settings.dtype, device, load_spec(model_dir).dtype)
-    model = Llama(model_dir, group, dtype, device)
+    dtype, storage = _types(settings, device, load_spec(model_dir).dtype)
+    if device.type == "cuda":
+        # Triton launches on the current device, wherever the tensors are.
+        torch.cuda.set_device(device)
+    kernels = device.type == "cpu" and dtype == torch.float32
+    if settings.int8 and not kernels:
+        raise UnsupportedModel(f"--quantize int8 is for CPUs; this shard runs on {device}, leave it out")
+    # Beside the kernels torch does little, and idle threads of its own would spin on the kernels' cores.
+    torch.set_num_threads(1 if kernels else threads)
+    model = Llama(
+        model_dir,
+        group,
+        dtype,
+        device,
+        storage=storage,
+        kernel_threads=threads if kernels else None,
+        cuda_graphs=settings.cuda_graphs,
+    )
     logger.info(
         "rank %d of %d holds %d query and %d KV heads in %s on %s, %d threads",
         group.rank,
         group.world_size,
         model.plan.n_heads,
         model.plan.n_kv_heads,
-        model.dtype,
+        storage,
         device,
         threads,
     )
@@ -103,7 +110,8 @@ def load_engine(settings: ShardSettings, group: Group, device: torch.device, dec
         watermark=Watermark(settings.watermark.gamma, settings.watermark.delta),
     )
     grammars = GrammarCompiler(model_dir, tokenizer.eos_ids)
-    return Engine(model, tokenizer, _load_adapters(settings, model), decisions, grammars, engine_settings)
+    adapters = load_adapters(settings.adapters, model, model_dir)
+    return Engine(model, tokenizer, adapters, decisions, grammars, engine_settings)
 
 
 async def serve(settings: ShardSettings) -> None:
@@ -111,8 +119,8 @@ async def serve(settings: ShardSettings) -> None:
     decisions, rank = DecisionTable(), settings.parallel.rank
     device = _device(rank)
     group = _group(settings, device)
-    # Loaded on the lane's thread: a second thread that has used OpenMP would have a pool of its own, and with more pool
-    # threads than cores libgomp stops spinning at barriers, which makes every small operation about twice as slow.
+    # Loaded on the lane's thread: torch operations on a second thread would start a second pool of OpenMP threads, and
+    # with more of them than cores every small operation takes about twice as long.
     lane = Lane(group)
     engine = await lane.run(0, partial(load_engine, settings, group, device, decisions))
     url = settings.urls[rank]

@@ -31,7 +31,7 @@ from chunkwise.model.llama import Llama
 from chunkwise.model.step import StepOutput
 from chunkwise.shard.decisions import DecisionTable
 from chunkwise.shard.packing import pack
-from chunkwise.shard.sampler import normalized_entropy
+from chunkwise.shard.sampler import Readings, read_logits
 from chunkwise.shard.scheduler import Span, schedule
 from chunkwise.shard.sequence import PrefixTrail, Sequence
 from chunkwise.tokenizer import Tokenizer
@@ -153,22 +153,23 @@ class StepRunner:
 
     def _advance(self, spans: SequenceOf[Span], output: StepOutput, outcome: StepOutcome) -> None:
         self._score_prompts(spans, output.scores)
-        finite = torch.isfinite(output.logits).all(dim=-1).tolist()
-        entropies = normalized_entropy(output.logits).tolist()
+        readings = read_logits(output.logits)
         spreads = output.attention_spread.tolist() if output.attention_spread is not None else None
         for i, span in enumerate(spans):
             sequence = span.sequence
             completes = span.completes
             sequence.computed = span.context
-            if not finite[i]:
+            if not math.isfinite(readings.entropies[i]):
                 self._cache.scrub(sequence.pages)
                 self._guarded(outcome, sequence, _fail_not_finite)
                 continue
             spread = spreads[i] if spreads is not None else None
-            outcome.signals.append(SequenceSignals(sequence.request.id, sequence.computed - 1, entropies[i], spread))
+            entropy = readings.entropies[i]
+            outcome.signals.append(SequenceSignals(sequence.request.id, sequence.computed - 1, entropy, spread))
             self._keep_pages(sequence)
             if completes:
-                self._guarded(outcome, sequence, partial(self._choose, logits=output.logits[i], outcome=outcome))
+                choose = partial(self._choose, row=i, logits=output.logits, readings=readings, outcome=outcome)
+                self._guarded(outcome, sequence, choose)
 
     def _keep_pages(self, sequence: Sequence) -> None:
         """Puts pages that have become complete into the prefix cache: those of the prompt, and those of the answer if
@@ -191,11 +192,18 @@ class StepRunner:
                 wanted = min(span.context, sequence.prompt_tokens - 1) - sequence.computed
                 sequence.prompt_logprobs.extend(itertools.islice(values, max(wanted, 0)))
 
-    def _choose(self, sequence: Sequence, logits: Tensor, outcome: StepOutcome) -> None:
-        id, log_p = sequence.chooser.choose(logits)
+    def _choose(
+        self, sequence: Sequence, row: int, logits: Tensor, readings: Readings, outcome: StepOutcome
+    ) -> None:
+        top: tuple[Token, ...] = ()
+        if sequence.chooser.takes_likeliest and not sequence.request.top_n_tokens:
+            id, logprob = readings.likeliest[row], readings.logprobs[row]
+        else:
+            id, log_p = sequence.chooser.choose(logits[row])
+            logprob, top = float(log_p[id]), self._top_tokens(log_p, sequence.request.top_n_tokens)
         sequence.ids.append(id)
         text = sequence.detokenizer.append(id)
-        token = Token(id, float(log_p[id]), text, self._tokenizer.is_special(id))
+        token = Token(id, logprob, text, self._tokenizer.is_special(id))
         reason = self._finish_reason(sequence, id)
         ending = None
         if reason is not None:
@@ -203,7 +211,6 @@ class StepRunner:
             seed = sampling.seed if sampling.samples else None
             ending = GeneratedText(sequence.detokenizer.text, sequence.generated, reason, seed)
             outcome.ended.append(sequence)
-        top = self._top_tokens(log_p, sequence.request.top_n_tokens)
         prefill = self._prefill_tokens(sequence) if sequence.generated == 1 else ()
         outcome.generations.append(Generation(sequence.request.id, token, ending, top, prefill_tokens=prefill))
 

@@ -1,11 +1,13 @@
-"""Chooses the next token of one request. Order of processing as in TGI: watermark, repetition penalty, frequency
-penalty, grammar, temperature, top-k, top-p, typical-p, choice."""
+"""Chooses next tokens: of all rows of a step at once where the likeliest token is wanted, else request by request. Order
+of processing as in TGI: watermark, repetition penalty, frequency penalty, grammar, temperature, top-k, top-p, typical-p,
+choice."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +15,34 @@ from torch import Tensor
 from chunkwise.core import SamplingParams
 from chunkwise.shard.grammar import GrammarState
 from chunkwise.shard.watermark import Watermark
+
+# What is worked out for this many rows, a few MB, stays in the processor's cache; for all rows it would not.
+_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Readings:
+    """What the raw next-token distributions of a step say, row by row.
+
+    ``entropies`` are divided by ln V, so in [0, 1], or NaN where a logit is not finite; ``likeliest`` are the greedy
+    choices and ``logprobs`` their log-probabilities.
+    """
+
+    entropies: list[float] = field(default_factory=list)
+    likeliest: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+
+
+def read_logits(logits: Tensor) -> Readings:
+    """The readings of raw ``logits`` [S, V], fp32."""
+    readings, scale = Readings(), -1.0 / math.log(logits.shape[-1])
+    for rows in logits.split(_ROWS):
+        log_p = rows.log_softmax(dim=-1)
+        ids = log_p.argmax(dim=-1)
+        readings.entropies.extend((torch.linalg.vecdot(log_p.exp(), log_p) * scale).tolist())
+        readings.likeliest.extend(ids.tolist())
+        readings.logprobs.extend(log_p.gather(1, ids[:, None])[:, 0].tolist())
+    return readings
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
@@ -22,11 +52,13 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
-    """Drops the least likely tokens whose probabilities add up to at most 1 - p; keeps at least one."""
-    ordered, order = scores.sort()
-    drop = ordered.softmax(dim=-1).cumsum(dim=-1) <= 1.0 - p
-    drop[-1] = False
-    return scores.masked_fill(drop.scatter(0, order, drop), -math.inf)
+    """Keeps the fewest likeliest tokens whose probabilities add up to at least p, and what ties with the last of them."""
+    probabilities = scores.softmax(dim=-1)
+    # Tokens of probability (1 - p) / V or less cannot add up to more than 1 - p: they go, and need not be sorted.
+    bound = probabilities.max().clamp(max=(1.0 - p) / scores.shape[-1])
+    likely = probabilities[probabilities >= bound].sort(descending=True).values
+    last = int((likely.cumsum(dim=-1) - likely < p).sum().item()) - 1
+    return scores.masked_fill(probabilities < likely[last], -math.inf)
 
 
 def keep_typical(scores: Tensor, mass: float) -> Tensor:
@@ -62,6 +94,13 @@ class TokenChooser:
         self._penalises = params.repetition_penalty != 1.0 or params.frequency_penalty != 0.0
         self._counts = Counter(prompt_ids) if self._penalises else Counter[int]()
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether `choose` does no more than take the likeliest token of the raw logits, so that it need not be called
+        where that token is known."""
+        plain = self._grammar is None and self._watermark is None
+        return plain and not self._penalises and not self._params.samples
+
     def choose(self, logits: Tensor) -> tuple[int, Tensor]:
         """The next token for raw ``logits`` ``[V]`` (fp32, left as they are), and the processed log-probabilities.
 
@@ -75,9 +114,7 @@ class TokenChooser:
         scores = self._warp(scores)
         log_p = scores.log_softmax(dim=-1)
         if self._params.samples:
-            # argmax of p / Exp(1) draws from p without a host-side cumulative sum.
-            noise = torch.empty(log_p.shape).exponential_(generator=self._random).to(log_p.device)
-            id = int((log_p.exp() / noise).argmax().item())
+            id = self._draw(log_p)
         else:
             id = int(log_p.argmax().item())
         if self._penalises:
@@ -86,6 +123,14 @@ class TokenChooser:
             self._grammar.advance(id)
         self._previous = id
         return id, log_p
+
+    def _draw(self, log_p: Tensor) -> int:
+        """A token drawn by inverting the distribution function: one random number, whatever the vocabulary. On the CPU,
+        which adds up in the same order on every rank."""
+        distribution = log_p.softmax(dim=-1).cpu().cumsum(dim=-1, dtype=torch.float64)
+        # In (0, 1], so that a token of probability 0 is never hit, not even the first.
+        point = 1.0 - torch.rand((), generator=self._random, dtype=torch.float64)
+        return int(torch.searchsorted(distribution, point * distribution[-1]).item())
 
     def _penalise(self, scores: Tensor) -> Tensor:
         if not self._penalises:
@@ -113,7 +158,18 @@ class TokenChooser:
         return scores
 
 
-def normalized_entropy(logits: Tensor) -> Tensor:
-    """Entropy of softmax(``logits`` [S, V]) over ln V, ``[S]`` in [0, 1]. Logits must be finite."""
-    log_p = logits.log_softmax(dim=-1)
-    return -(log_p.exp() * log_p).sum(dim=-1) / math.log(logits.shape[-1])
+class ForcedChooser(TokenChooser):
+    """Chooses the given tokens one after another; their log-probabilities are the model's own, without processors."""
+
+    def __init__(self, ids: Sequence[int]) -> None:
+        super().__init__(SamplingParams(), ())
+        self._forced = iter(ids)
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """See `TokenChooser`."""
+        return False
+
+    def choose(self, logits: Tensor) -> tuple[int, Tensor]:
+        """The next given token, and the log-probabilities ``[V]`` of raw ``logits``."""
+        return next(self._forced), logits.log_softmax(dim=-1)

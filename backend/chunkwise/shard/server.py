@@ -201,6 +201,7 @@ class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
             [batch.id for batch in request.batches],
             request.steering_seq,
             request.step,
+            request.may_have_ended,
         )
         self._report(signals)
         return wire.result_to_decode_pb(result)

@@ -1,0 +1,54 @@
+"""Flags of ``chunkwise ladder``. They have no environment variables: names like OUT or KIND mean other things there."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_ladder_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Adds the ``ladder`` command to the parser of all commands."""
+    parser = commands.add_parser(
+        "ladder", help="order an adapter's ranks, save the result beside it, show its spectrum"
+    )
+    add = parser.add_argument
+    add("adapter", metavar="ADAPTER", help="directory of a PEFT adapter, or its id on the Hub")
+    add(
+        "--model-id",
+        "--model",
+        required=True,
+        help="the base model: directory of a Hugging Face LLaMA checkpoint, or its id on the Hub",
+    )
+    add(
+        "--kind",
+        choices=("plain", "whitened"),
+        help="order ranks by the weights alone, or by their output on the calibration text (default: whitened if there "
+        "is one)",
+    )
+    add(
+        "--calibration",
+        type=Path,
+        metavar="FILE",
+        help='text like that to be served; a .jsonl file holds a document per line, as {"text": …}',
+    )
+    add("--calibration-tokens", type=int, default=4096, help="tokens to read, spread over the file (default: 4096)")
+    add("--window", type=int, default=512, help="most tokens of a document read as one sequence (default: 512)")
+    add("--rungs", help="rank budgets, by comma (default: 0 and the powers of two); the trained rank is always added")
+    add(
+        "--allocation",
+        choices=("uniform", "global"),
+        default="global",
+        help="the budget for each module, or the same total where singular values are largest (default: global)",
+    )
+    add(
+        "--out",
+        type=Path,
+        help="file to write (default: ladder.safetensors in the adapter's directory, where `serve` looks for it)",
+    )
+    add(
+        "--plot",
+        type=Path,
+        metavar="PNG",
+        help="draw spectrum and energy (needs matplotlib: pip install 'chunkwise[plot]')",
+    )
+    add("--threads", type=int, help="CPU threads; default: the machine's cores")

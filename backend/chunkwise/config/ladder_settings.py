@@ -1,0 +1,71 @@
+"""What ``chunkwise ladder`` is told: frozen values made from parsed flags, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from chunkwise.config.flags import InvalidFlags
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationSettings:
+    """``tokens`` tokens of the text ``file``, in windows of at most ``window``."""
+
+    file: Path
+    tokens: int
+    window: int
+
+
+@dataclass(frozen=True, slots=True)
+class LadderSettings:
+    """Everything ``chunkwise ladder`` needs.
+
+    ``calibration`` None makes a plain ladder, else a whitened one; ``rungs`` None takes the default ones; ``out`` None
+    saves in the adapter's directory; ``plot`` None draws nothing.
+    """
+
+    adapter: str
+    model_id: str
+    calibration: CalibrationSettings | None
+    rungs: tuple[int, ...] | None
+    allocation: Literal["uniform", "global"]
+    out: Path | None
+    plot: Path | None
+    threads: int | None
+
+
+def ladder_settings(args: argparse.Namespace) -> LadderSettings:
+    """Settings of the ``ladder`` command. Raises InvalidFlags."""
+    for name in ("calibration_tokens", "window", "threads"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InvalidFlags(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+    if args.kind == "whitened" and args.calibration is None:
+        raise InvalidFlags("--kind whitened needs --calibration FILE, text like that to be served")
+    if args.kind == "plain" and args.calibration is not None:
+        raise InvalidFlags("--kind plain takes no --calibration; drop one of them")
+    if args.plot is not None and args.plot.suffix != ".png":
+        raise InvalidFlags(f"--plot is {args.plot}; give the name of a .png file")
+    return LadderSettings(
+        adapter=args.adapter,
+        model_id=args.model_id,
+        calibration=None
+        if args.calibration is None
+        else CalibrationSettings(args.calibration, args.calibration_tokens, args.window),
+        rungs=None if args.rungs is None else _rungs(args.rungs),
+        allocation=args.allocation,
+        out=args.out,
+        plot=args.plot,
+        threads=args.threads,
+    )
+
+
+def _rungs(text: str) -> tuple[int, ...]:
+    try:
+        rungs = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InvalidFlags(f"--rungs is {text!r}; give whole numbers by comma, like 0,1,2,4") from None
+    return rungs

@@ -1,0 +1,191 @@
+"""A decoder layer in kernels, run by several threads together: each phase divides its rows, columns or tasks by thread
+and ends at a barrier. Thread ``me`` of ``team`` calls every function with the same other arguments.
+
+The sum that a block adds to the residual stream is left in ``partial`` and added when the next block starts, so that
+tensor-parallel ranks can add theirs up in between.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import carray
+
+from chunkwise.model.kernels.attention import attend, join
+from chunkwise.model.kernels.compile import entry, kernel
+from chunkwise.model.kernels.lora import expand, shrink
+from chunkwise.model.kernels.product import multiply
+from chunkwise.model.kernels.team import meet
+from chunkwise.model.kernels.tiles import as_pointer, silu_multiply
+from chunkwise.model.kernels.vector import LANES
+from chunkwise.model.kernels.views import DOWN, GATE_UP, INT8, OUTPUT, QKV
+
+_COLUMNS = 16
+
+
+@kernel
+def _part(total, me, team):
+    """This thread's columns: the first, and the one after the last."""
+    blocks = (total + _COLUMNS - 1) // _COLUMNS
+    return min(blocks * me // team * _COLUMNS, total), min(blocks * (me + 1) // team * _COLUMNS, total)
+
+
+@kernel
+def _quantize(b, row, width):
+    """``inputs[row]`` as ``shorts[row]`` with one scale, as large as `tiles.largest_activation` allows."""
+    values = carray(as_pointer(b.inputs + 4 * row * width), width, np.float32)
+    shorts = carray(as_pointer(b.shorts + 2 * row * width), width, np.int16)
+    largest, poison = np.float32(0.0), np.float32(0.0)
+    for i in range(width):
+        largest = max(largest, abs(values[i]))
+        # max() passes NaN by.
+        poison += values[i] * np.float32(0.0)
+    scale = poison + largest / np.float32(min(32767, (2**31 - 1) // (127 * (width // LANES + 2))))
+    inverse = np.float32(1.0) / scale if scale > np.float32(0.0) else np.float32(0.0)
+    for i in range(width):
+        shorts[i] = np.int16(np.rint(values[i] * inverse))
+    # A row that is not finite must stay visible in what is computed from it.
+    carray(as_pointer(b.row_scales + 4 * row), 1, np.float32)[0] = scale if np.isfinite(scale) else np.float32(np.nan)
+
+
+@kernel
+def _add_partial(m, b, row):
+    x = carray(as_pointer(b.x + 4 * row * m.hidden), m.hidden, np.float32)
+    added = carray(as_pointer(b.partial + 4 * row * m.hidden), m.hidden, np.float32)
+    for i in range(m.hidden):
+        x[i] += added[i]
+
+
+@kernel
+def _normalise(m, b, weight, source, row):
+    """``inputs[row]`` = RMS norm of the hidden state at ``source``."""
+    x = carray(as_pointer(source), m.hidden, np.float32)
+    weights = carray(as_pointer(weight), m.hidden, np.float32)
+    out = carray(as_pointer(b.inputs + 4 * row * m.hidden), m.hidden, np.float32)
+    squares = np.float32(0.0)
+    for i in range(m.hidden):
+        squares += x[i] * x[i]
+    scale = np.float32(1.0 / math.sqrt(squares / m.hidden + m.eps))
+    for i in range(m.hidden):
+        out[i] = x[i] * scale * weights[i]
+    if m.kind == INT8:
+        _quantize(b, row, m.hidden)
+
+
+@kernel
+def _project(m, b, s, layer, projection, y, me, team):
+    """``y`` = inputs times the projection's matrix, plus bias and adapters."""
+    k, width = m.ins[projection], m.outs[projection]
+    if s.groups > 0:
+        shrink(m, b, s, layer, projection, me, team)
+        meet(b.sync, team)
+    first, last = _part(width, me, team)
+    weights, scales = m.weights[layer, projection], m.scales[layer, projection]
+    x = b.shorts if m.kind == INT8 else b.inputs
+    multiply(m.kind, weights, scales, first, last, x, b.row_scales, s.tokens, k, y, width)
+    if m.biases[layer, projection] != 0:
+        bias = carray(as_pointer(m.biases[layer, projection]), width, np.float32)
+        for t in range(s.tokens):
+            row = carray(as_pointer(y + 4 * t * width), width, np.float32)
+            for n in range(first, last):
+                row[n] += bias[n]
+    if s.groups > 0:
+        expand(m, b, s, layer, projection, y, width, first, last)
+    meet(b.sync, team)
+
+
+@kernel
+def _rotate(head, cos, sin, dim):
+    """Rotates one head in place: its halves are the two coordinates (Hugging Face's layout)."""
+    values = carray(as_pointer(head), dim, np.float32)
+    c, s = carray(as_pointer(cos), dim, np.float32), carray(as_pointer(sin), dim, np.float32)
+    half = dim // 2
+    for i in range(half):
+        low, high = values[i], values[i + half]
+        values[i] = low * c[i] - high * s[i]
+        values[i + half] = high * c[i + half] + low * s[i + half]
+
+
+@kernel
+def _place(m, b, s, c, layer, row):
+    """Rotates the queries and keys of one row and writes keys and values to the cache."""
+    dim, width = m.head_dim, m.kv_heads * m.head_dim
+    wide = b.wide + 4 * row * m.outs[QKV]
+    angle = 4 * s.positions[row] * dim
+    for head in range(m.heads + m.kv_heads):
+        _rotate(wide + 4 * head * dim, m.cos + angle, m.sin + angle, dim)
+    page, offset = divmod(s.slots[row], c.page_size)
+    made = carray(as_pointer(wide + 4 * m.heads * dim), 2 * width, np.float32)
+    for head in range(m.kv_heads):
+        at = 4 * (((layer * c.full_pages + page) * m.kv_heads + head) * c.page_size + offset) * dim
+        keys, values = (
+            carray(as_pointer(c.keys + at), dim, np.float32),
+            carray(as_pointer(c.values + at), dim, np.float32),
+        )
+        for d in range(dim):
+            keys[d] = made[head * dim + d]
+            values[d] = made[width + head * dim + d]
+
+
+@kernel
+def _attention_block(m, b, s, c, layer, me, team):
+    """The first half of a layer; leaves the residual sum in ``partial``."""
+    for row in range(me, s.tokens, team):
+        _add_partial(m, b, row)
+        _normalise(m, b, m.norms[layer, 0], b.x + 4 * row * m.hidden, row)
+    meet(b.sync, team)
+    _project(m, b, s, layer, QKV, b.wide, me, team)
+    for row in range(me, s.tokens, team):
+        _place(m, b, s, c, layer, row)
+    meet(b.sync, team)
+    attend(m, b, s, c, layer, me)
+    meet(b.sync, team)
+    for sequence in range(me, s.sequences, team):
+        if s.lengths[sequence] == 1:
+            join(m, b, s, layer, sequence)
+        if m.kind == INT8:
+            for row in range(s.first_row[sequence], s.first_row[sequence] + s.lengths[sequence]):
+                _quantize(b, row, m.ins[OUTPUT])
+    meet(b.sync, team)
+    _project(m, b, s, layer, OUTPUT, b.partial, me, team)
+
+
+@kernel
+def _mlp_block(m, b, s, layer, me, team):
+    """The second half of a layer; leaves the residual sum in ``partial``."""
+    for row in range(me, s.tokens, team):
+        _add_partial(m, b, row)
+        _normalise(m, b, m.norms[layer, 1], b.x + 4 * row * m.hidden, row)
+    meet(b.sync, team)
+    _project(m, b, s, layer, GATE_UP, b.wide, me, team)
+    n = m.intermediate
+    for row in range(me, s.tokens, team):
+        gate = b.wide + 8 * row * n
+        silu_multiply(gate, gate + 4 * n, b.inputs + 4 * row * n, n)
+        if m.kind == INT8:
+            _quantize(b, row, n)
+    meet(b.sync, team)
+    _project(m, b, s, layer, DOWN, b.partial, me, team)
+
+
+@entry
+def decoder(m, b, s, c, first, last, me, team):
+    """The blocks ``first`` to ``last`` of two per layer, attention and MLP. Leaves the last sum in ``partial``."""
+    for block in range(first, last):
+        if block % 2 == 0:
+            _attention_block(m, b, s, c, block // 2, me, team)
+        else:
+            _mlp_block(m, b, s, block // 2, me, team)
+
+
+@entry
+def head(m, b, x, rows, logits, me, team):
+    """``logits`` [rows, vocab] of ``x`` [rows, hidden]."""
+    for row in range(me, rows, team):
+        _normalise(m, b, m.final_norm, x + 4 * row * m.hidden, row)
+    meet(b.sync, team)
+    begin, end = _part(m.vocab, me, team)
+    inputs = b.shorts if m.kind == INT8 else b.inputs
+    multiply(m.kind, m.head, m.head_scales, begin, end, inputs, b.row_scales, rows, m.hidden, logits, m.vocab)
+    meet(b.sync, team)

@@ -1,0 +1,111 @@
+"""Matrix products ``y = x wᵀ`` over a range of weight rows, by one thread."""
+
+from __future__ import annotations
+
+from chunkwise.model.kernels.compile import kernel
+from chunkwise.model.kernels.tiles import ROWS, WEIGHT_ROWS, dot_tile, dot_tile_int8
+from chunkwise.model.kernels.views import BFLOAT16, INT8
+
+_dot_1_1, _dot_1_2, _dot_1_3, _dot_1_4 = (dot_tile(1, rows) for rows in range(1, 5))
+_dot_n_1, _dot_n_2, _dot_n_3, _dot_n_4 = (dot_tile(WEIGHT_ROWS, rows) for rows in range(1, 5))
+_half_1_1, _half_1_2, _half_1_3, _half_1_4 = (dot_tile(1, rows, bfloat16=True) for rows in range(1, 5))
+_half_n_1, _half_n_2, _half_n_3, _half_n_4 = (dot_tile(WEIGHT_ROWS, rows, bfloat16=True) for rows in range(1, 5))
+_int8_1_1, _int8_1_2, _int8_1_3, _int8_1_4 = (dot_tile_int8(1, rows) for rows in range(1, 5))
+_int8_n_1, _int8_n_2, _int8_n_3, _int8_n_4 = (dot_tile_int8(WEIGHT_ROWS, rows) for rows in range(1, 5))
+
+# x rows times k that stay in the second-level cache while the weights pass by.
+_BLOCK_FLOATS = 96 * 1024
+
+
+@kernel
+def _one(kind, rows, w, x, k, y, ldy, w_scales, x_scales):
+    """One weight row times 1 to 4 rows of x."""
+    if kind == INT8:
+        if rows == 1:
+            _int8_1_1(w, k, x, k, k, y, ldy, w_scales, x_scales)
+        elif rows == 2:
+            _int8_1_2(w, k, x, k, k, y, ldy, w_scales, x_scales)
+        elif rows == 3:
+            _int8_1_3(w, k, x, k, k, y, ldy, w_scales, x_scales)
+        else:
+            _int8_1_4(w, k, x, k, k, y, ldy, w_scales, x_scales)
+    elif kind == BFLOAT16:
+        if rows == 1:
+            _half_1_1(w, k, x, k, k, y, ldy)
+        elif rows == 2:
+            _half_1_2(w, k, x, k, k, y, ldy)
+        elif rows == 3:
+            _half_1_3(w, k, x, k, k, y, ldy)
+        else:
+            _half_1_4(w, k, x, k, k, y, ldy)
+    else:
+        if rows == 1:
+            _dot_1_1(w, k, x, k, k, y, ldy)
+        elif rows == 2:
+            _dot_1_2(w, k, x, k, k, y, ldy)
+        elif rows == 3:
+            _dot_1_3(w, k, x, k, k, y, ldy)
+        else:
+            _dot_1_4(w, k, x, k, k, y, ldy)
+
+
+@kernel
+def _several(kind, rows, w, x, k, y, ldy, w_scales, x_scales):
+    """`WEIGHT_ROWS` weight rows times 1 to 4 rows of x."""
+    if kind == INT8:
+        if rows == 1:
+            _int8_n_1(w, k, x, k, k, y, ldy, w_scales, x_scales)
+        elif rows == 2:
+            _int8_n_2(w, k, x, k, k, y, ldy, w_scales, x_scales)
+        elif rows == 3:
+            _int8_n_3(w, k, x, k, k, y, ldy, w_scales, x_scales)
+        else:
+            _int8_n_4(w, k, x, k, k, y, ldy, w_scales, x_scales)
+    elif kind == BFLOAT16:
+        if rows == 1:
+            _half_n_1(w, k, x, k, k, y, ldy)
+        elif rows == 2:
+            _half_n_2(w, k, x, k, k, y, ldy)
+        elif rows == 3:
+            _half_n_3(w, k, x, k, k, y, ldy)
+        else:
+            _half_n_4(w, k, x, k, k, y, ldy)
+    else:
+        if rows == 1:
+            _dot_n_1(w, k, x, k, k, y, ldy)
+        elif rows == 2:
+            _dot_n_2(w, k, x, k, k, y, ldy)
+        elif rows == 3:
+            _dot_n_3(w, k, x, k, k, y, ldy)
+        else:
+            _dot_n_4(w, k, x, k, k, y, ldy)
+
+
+@kernel
+def multiply(kind, w, w_scales, first, last, x, x_scales, rows, k, y, ldy):
+    """``y[t, n] = Σ_k w[n, k] x[t, k]`` for ``first <= n < last`` and ``rows`` t; ``w`` and ``x`` have rows of length k.
+
+    ``kind`` `FLOAT32` and `BFLOAT16` are of ``w``, with x in fp32 and no scales; `INT8` takes 16-bit x, both with row
+    scales. Few rows take one weight row at a time, so that the weights stream in the order they lie in memory; more
+    take a tile that uses each loaded number several times.
+    """
+    w_size = 1 if kind == INT8 else 2 if kind == BFLOAT16 else 4
+    x_size = 2 if kind == INT8 else 4
+    if rows <= ROWS:
+        for n in range(first, last):
+            _one(kind, rows, w + w_size * n * k, x, k, y + 4 * n, ldy, w_scales + 4 * n, x_scales)
+        return
+    block = max(_BLOCK_FLOATS // k // ROWS * ROWS, ROWS)
+    for start in range(0, rows, block):
+        stop = min(start + block, rows)
+        n = first
+        while n < last:
+            tile = n + WEIGHT_ROWS <= last
+            weights, ws = w + w_size * n * k, w_scales + 4 * n
+            for t in range(start, stop, ROWS):
+                at, to, xs, count = x + x_size * t * k, y + 4 * (t * ldy + n), x_scales + 4 * t, min(ROWS, stop - t)
+                if tile:
+                    _several(kind, count, weights, at, k, to, ldy, ws, xs)
+                else:
+                    _one(kind, count, weights, at, k, to, ldy, ws, xs)
+            n += WEIGHT_ROWS if tile else 1

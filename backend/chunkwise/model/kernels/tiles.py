@@ -1,0 +1,352 @@
+"""The inner loops, as functions that numba code calls with plain integer addresses.
+
+An output element is summed along k in vector lanes, one fused multiply-add after another, then over the lanes, whatever
+the tile's size; that is what makes a row's numbers independent of its neighbours. Ends that do not fill a vector are
+masked, so any size works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from inspect import Parameter, Signature
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from chunkwise.model.kernels.vector import (
+    BYTES,
+    F32,
+    FLOATS,
+    HALVES,
+    I8,
+    I16,
+    I32,
+    I64,
+    INTS,
+    LANES,
+    SHORTS,
+    WIDE,
+    call,
+    exp,
+    fma,
+    load,
+    load_masked,
+    mask_below,
+    multiply_pairs,
+    pointer,
+    prefetch,
+    splat,
+    spread,
+    store,
+    store_masked,
+    total,
+    totals,
+    widen,
+)
+
+_REORDERED = {"fadd", "fsub", "fmul", "fdiv"}
+
+Body = Callable[[ir.IRBuilder, list[ir.Value]], "ir.Value | None"]
+Kernel = Callable[..., Any]
+
+ROWS = 4
+"""x rows of the widest tile."""
+WEIGHT_ROWS = 4 if WIDE else 2
+"""Weight rows of the widest tile: 4 x 4 sums fit 32 registers, 2 x 4 fit 16."""
+STRIP = 4 * LANES
+"""Columns that `expand_tile` makes at a time."""
+
+
+def _function(name: str, arguments: int, body: Body, result: Any = types.void) -> Kernel:
+    """A numba function of ``arguments`` int64 whose code ``body`` writes.
+
+    It becomes one LLVM function, never built into its callers: they are many, and compiling would take minutes.
+    """
+
+    def kernel(typing_context: Any, *args: Any) -> Any:
+        def generate(context: Any, b: ir.IRBuilder, signature: Any, values: list[ir.Value]) -> ir.Value:
+            made = ir.VoidType() if result is types.void else context.get_value_type(result)
+            value = b.call(_define(b.module, f"chunkwise_{name}", made, values, body), values)
+            return context.get_dummy_value() if result is types.void else value
+
+        return result(*[types.int64] * arguments), generate
+
+    # numba counts the parameters that the signature names.
+    parameters = [Parameter(f"a{i}", Parameter.POSITIONAL_OR_KEYWORD) for i in range(arguments + 1)]
+    kernel.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    made: Kernel = intrinsic(kernel)
+    return made
+
+
+def _define(module: ir.Module, name: str, result: ir.Type, values: list[ir.Value], body: Body) -> ir.Function:
+    if name in module.globals:
+        return module.globals[name]
+    function = ir.Function(module, ir.FunctionType(result, [value.type for value in values]), name)
+    function.linkage = "linkonce_odr"
+    function.attributes.add("noinline")
+    b = ir.IRBuilder(function.append_basic_block())
+    value = body(b, list(function.args))
+    # numba lets LLVM reorder whatever has no flags yet, and LLVM would do so in one tile and not in the other.
+    for instruction in (i for block in function.blocks for i in block.instructions if i.opname in _REORDERED):
+        instruction.flags.append("nsz")
+    if value is None:
+        b.ret_void()
+    else:
+        b.ret(value)
+    return function
+
+
+def _along(
+    b: ir.IRBuilder,
+    length: ir.Value,
+    step: int,
+    start: list[ir.Value],
+    body: Callable[[ir.Value, list[ir.Value], ir.Value | None], list[ir.Value]],
+) -> list[ir.Value]:
+    """Runs ``body(offset, sums, mask)`` over ``length`` elements, ``step`` at a time, the rest with a mask."""
+    whole = b.and_(length, I64(-step))
+    for end, masked in ((whole, False), (length, True)):
+        before, loop, after = b.block, b.append_basic_block("along"), b.append_basic_block("done")
+        first = whole if masked else I64(0)
+        b.cbranch(b.icmp_signed("<", first, end), loop, after)
+        b.position_at_end(loop)
+        offset = b.phi(I64)
+        sums = [b.phi(value.type) for value in start]
+        mask = mask_below(b, b.sub(length, offset), step) if masked else None
+        new = body(offset, sums, mask)
+        following = b.add(offset, I64(step))
+        last = b.block
+        b.cbranch(b.icmp_signed("<", following, end), loop, after)
+        for phi, initial, value in ((offset, first, following), *zip(sums, start, new, strict=True)):
+            phi.add_incoming(initial, before)
+            phi.add_incoming(value, last)
+        b.position_at_end(after)
+        results = []
+        for initial, value in zip(start, new, strict=True):
+            result = b.phi(value.type)
+            result.add_incoming(initial, before)
+            result.add_incoming(value, last)
+            results.append(result)
+        start = results
+    return start
+
+
+def _rows(b: ir.IRBuilder, base: ir.Value, stride: ir.Value, count: int) -> list[ir.Value]:
+    return [b.gep(base, [b.mul(stride, I64(i))]) for i in range(count)]
+
+
+def _store_totals(b: ir.IRBuilder, sums: list[ir.Value], row: ir.Value, scales: list[ir.Value] | None = None) -> None:
+    """Writes the total of every sum, times its scale, one after another."""
+    if len(sums) == 4:
+        value = totals(b, sums)
+        if scales is not None:
+            factors = ir.Constant(value.type, ir.Undefined)
+            for i, scale in enumerate(scales):
+                factors = b.insert_element(factors, scale, I32(i))
+            value = b.fmul(value, factors)
+        store(b, value, row, I64(0))
+        return
+    for i, vector in enumerate(sums):
+        value = total(b, vector)
+        b.store(value if scales is None else b.fmul(value, scales[i]), b.gep(row, [I64(i)]))
+
+
+@cache
+def dot_tile(weight_rows: int, rows: int, bfloat16: bool = False) -> Kernel:
+    """``(w, ldw, x, ldx, k, y, ldy)``: ``y[t, n] = Σ_k w[n, k] x[t, k]`` in fp32 for ``weight_rows`` n and ``rows`` t.
+    With ``bfloat16``, ``w`` is; it widens to fp32 exactly.
+
+    While it reads, it asks for the weights of the next tile: whoever walks down the rows of a matrix reads its memory
+    from front to back.
+    """
+
+    def body(b: ir.IRBuilder, args: list[ir.Value]) -> None:
+        w, ldw, x, ldx, k, y, ldy = args
+        ws = _rows(b, pointer(b, w, I16 if bfloat16 else F32), ldw, weight_rows)
+        xs = _rows(b, pointer(b, x, F32), ldx, rows)
+        ahead = b.mul(ldw, I64(weight_rows))
+
+        def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+            def read(base: ir.Value, kind: ir.VectorType) -> ir.Value:
+                return load(b, base, offset, kind) if mask is None else load_masked(b, base, offset, kind, mask)
+
+            vectors = [read(row, FLOATS) for row in xs]
+            new = []
+            for i, row in enumerate(ws):
+                if mask is None:
+                    prefetch(b, row, b.add(offset, ahead))
+                weights = widen(b, read(row, HALVES)) if bfloat16 else read(row, FLOATS)
+                new += [fma(b, weights, vector, sums[i * rows + j]) for j, vector in enumerate(vectors)]
+            return new
+
+        sums = _along(b, k, LANES, [splat(FLOATS, 0.0)] * (weight_rows * rows), step)
+        for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
+            _store_totals(b, [sums[i * rows + j] for i in range(weight_rows)], row)
+
+    return _function(f"dot_{'bfloat16_' if bfloat16 else ''}{weight_rows}_{rows}", 7, body)
+
+
+@cache
+def dot_tile_int8(weight_rows: int, rows: int) -> Kernel:
+    """``(w, ldw, x, ldx, k, y, ldy, w_scale, x_scale)``: ``y[t, n] = w_scale[n] x_scale[t] Σ_k w[n, k] x[t, k]``.
+
+    ``w`` is int8, ``x`` int16, the sum exact in int32: 16-bit activations cost no more than 8-bit ones, because the
+    CPU multiplies pairs of 16 bits either way. The caller keeps ``|x|`` small enough for k (see `largest_activation`).
+    """
+
+    def body(b: ir.IRBuilder, args: list[ir.Value]) -> None:
+        w, ldw, x, ldx, k, y, ldy, w_scale, x_row_scale = args
+        ws = _rows(b, pointer(b, w, I8), ldw, weight_rows)
+        xs = _rows(b, pointer(b, x, I16), ldx, rows)
+        ahead = b.mul(ldw, I64(weight_rows))
+
+        def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+            def read(base: ir.Value, kind: ir.VectorType) -> ir.Value:
+                return load(b, base, offset, kind) if mask is None else load_masked(b, base, offset, kind, mask)
+
+            vectors = [read(row, SHORTS) for row in xs]
+            new = []
+            for i, row in enumerate(ws):
+                if mask is None:
+                    prefetch(b, row, b.add(offset, ahead))
+                weights = b.sext(read(row, BYTES), SHORTS)
+                products = [multiply_pairs(b, weights, vector) for vector in vectors]
+                new += [b.add(sums[i * rows + j], product) for j, product in enumerate(products)]
+            return new
+
+        sums = _along(b, k, 2 * LANES, [splat(INTS, 0)] * (weight_rows * rows), step)
+        w_scales, x_scales = pointer(b, w_scale, F32), pointer(b, x_row_scale, F32)
+        for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
+            x_scale = b.load(b.gep(x_scales, [I64(j)]))
+            scales = [b.fmul(b.load(b.gep(w_scales, [I64(i)])), x_scale) for i in range(weight_rows)]
+            floats = [b.sitofp(sums[i * rows + j], FLOATS) for i in range(weight_rows)]
+            _store_totals(b, floats, row, scales)
+
+    return _function(f"dot_int8_{weight_rows}_{rows}", 9, body)
+
+
+def largest_activation(k: int) -> int:
+    """The largest |x| for which `dot_tile_int8` cannot overflow: a lane adds up about ``k / LANES`` products."""
+    return min(32767, (2**31 - 1) // (127 * (k // LANES + 2)))
+
+
+@cache
+def expand_tile(vectors: int, rows: int) -> Kernel:
+    """``(h, ldh, m, ldm, k, y, ldy, columns)``: ``y[t, c] += Σ_k h[t, k] m[k, c]`` in fp32 for ``rows`` t.
+
+    With ``vectors`` n it makes n full vectors of columns; with 0 it makes ``columns``, fewer than a vector. Four
+    vectors ask for the columns that come next, since rows lie too far apart for the CPU to guess.
+    """
+    masked, vectors = vectors == 0, max(vectors, 1)
+
+    def body(b: ir.IRBuilder, args: list[ir.Value]) -> None:
+        h, ldh, m, ldm, k, y, ldy, columns = args
+        hs = _rows(b, pointer(b, h, F32), ldh, rows)
+        matrix = pointer(b, m, F32)
+        mask = mask_below(b, columns, LANES) if masked else None
+        offsets = [I64(i * LANES) for i in range(vectors)]
+
+        def step(index: ir.Value, sums: list[ir.Value], unused: ir.Value | None) -> list[ir.Value]:
+            row = b.gep(matrix, [b.mul(index, ldm)])
+            read = [load(b, row, o, FLOATS) if mask is None else load_masked(b, row, o, FLOATS, mask) for o in offsets]
+            if vectors == 4:
+                for offset in offsets:
+                    prefetch(b, row, b.add(offset, I64(STRIP)))
+            new = []
+            for j, weights in enumerate(hs):
+                factor = spread(b, b.load(b.gep(weights, [index])), FLOATS)
+                new += [fma(b, factor, part, sums[j * vectors + i]) for i, part in enumerate(read)]
+            return new
+
+        sums = _along(b, k, 1, [splat(FLOATS, 0.0)] * (vectors * rows), step)
+        for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
+            for i, offset in enumerate(offsets):
+                if mask is None:
+                    store(b, b.fadd(load(b, row, offset, FLOATS), sums[j * vectors + i]), row, offset)
+                else:
+                    old = load_masked(b, row, offset, FLOATS, mask)
+                    store_masked(b, b.fadd(old, sums[j * vectors + i]), row, offset, mask)
+
+    return _function(f"expand_{0 if masked else vectors}_{rows}", 8, body)
+
+
+def _exp_sum(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
+    s, n, shift = args
+    scores = pointer(b, s, F32)
+    shifts = spread(b, b.load(pointer(b, shift, F32)), FLOATS)
+
+    def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+        if mask is None:
+            value = exp(b, b.fsub(load(b, scores, offset, FLOATS), shifts))
+            store(b, value, scores, offset)
+        else:
+            value = exp(b, b.fsub(load_masked(b, scores, offset, FLOATS, mask), shifts))
+            value = b.select(mask, value, splat(FLOATS, 0.0))
+            store_masked(b, value, scores, offset, mask)
+        return [b.fadd(sums[0], value)]
+
+    return total(b, _along(b, n, LANES, [splat(FLOATS, 0.0)], step)[0])
+
+
+exp_sum = _function("exp_sum", 3, _exp_sum, types.float32)
+"""``(s, n, shift)``: ``s[i] = e^(s[i] - shift[0])`` in place for n floats; returns their sum."""
+
+
+def _silu_multiply(b: ir.IRBuilder, args: list[ir.Value]) -> None:
+    gate, up, y, n = args
+    gates, ups, out = (pointer(b, address, F32) for address in (gate, up, y))
+    ones = splat(FLOATS, 1.0)
+
+    def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+        if mask is None:
+            g, u = load(b, gates, offset, FLOATS), load(b, ups, offset, FLOATS)
+        else:
+            g, u = (load_masked(b, base, offset, FLOATS, mask) for base in (gates, ups))
+        value = b.fmul(b.fdiv(g, b.fadd(ones, exp(b, b.fneg(g)))), u)
+        if mask is None:
+            store(b, value, out, offset)
+        else:
+            store_masked(b, value, out, offset, mask)
+        return []
+
+    _along(b, n, LANES, [], step)
+
+
+silu_multiply = _function("silu_multiply", 4, _silu_multiply)
+"""``(gate, up, y, n)``: ``y[i] = silu(gate[i]) up[i]`` for n floats."""
+
+
+def _atomic_add(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
+    where, amount = args
+    return b.atomic_rmw("add", pointer(b, where, I64), amount, "acq_rel")
+
+
+atomic_add = _function("atomic_add", 2, _atomic_add, types.int64)
+"""``(where, amount)``: adds to the int64 at ``where``; returns what was there."""
+
+
+def _atomic_load(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
+    return b.load_atomic(pointer(b, args[0], I64), "acquire", 8)
+
+
+atomic_load = _function("atomic_load", 1, _atomic_load, types.int64)
+"""``(where)``: the int64 at ``where`` and whatever its writer wrote before it."""
+
+
+def _yield(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
+    return b.sext(call(b, "sched_yield", I32), I64)
+
+
+yield_core = _function("yield_core", 0, _yield, types.int64)
+"""``()``: lets another thread run on this core."""
+
+
+def _as_pointer(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
+    return pointer(b, args[0], I8)
+
+
+as_pointer = _function("as_pointer", 1, _as_pointer, types.voidptr)
+"""``(address)``: as what `numba.carray` takes."""

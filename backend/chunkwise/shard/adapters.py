@@ -1,0 +1,67 @@
+"""The adapters of one rank at start: read, checked, ordered by the saved ladder or a plain one, made resident."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from chunkwise.config.settings import AdapterSource
+from chunkwise.core import UnsupportedModel
+from chunkwise.hub import locate
+from chunkwise.model.identity import base_hash
+from chunkwise.model.llama import Llama, target_slices
+from chunkwise.model.parallel import Group
+from chunkwise_adapters.errors import AdapterError
+from chunkwise_adapters.format import load_adapter
+from chunkwise_adapters.ladder import RankLadder, build_ladder
+from chunkwise_adapters.ladder_file import find_ladder, ladder_digest, load_ladder
+from chunkwise_adapters.store import AdapterStore
+
+logger = logging.getLogger(__name__)
+
+
+def load_adapters(sources: Sequence[AdapterSource], model: Llama, model_dir: Path) -> AdapterStore:
+    """The adapters of a model read from ``model_dir``, each with the ladder saved in its directory; where there is
+    none, with the plain one, its ranks uniform.
+
+    Raises:
+        UnsupportedModel: an adapter or its ladder cannot be served, or the ranks found different ladders.
+    """
+    store = AdapterStore(target_slices(model.spec, model.plan), model.dtype, model.device)
+    for source in sources:
+        start = time.perf_counter()
+        directory = locate(source.source, source.revision)
+        try:
+            weights = load_adapter(directory, source.name, model.spec.target_shapes())
+            file = find_ladder(directory, source.name)
+            ladder = build_ladder(weights) if file is None else load_ladder(file, weights, base_hash(model_dir))
+        except AdapterError as error:
+            raise UnsupportedModel(f"adapter {source.name!r} cannot be served: {error}") from error
+        _check_same(ladder, file, model.group)
+        adapter = store.add(ladder)
+        logger.info(
+            "adapter %s: %s ladder%s, %s ranks, rungs %s, %d bytes, %.1f s",
+            source.name,
+            ladder.kind,
+            "" if file is None else f" of {file.name}",
+            ladder.allocation,
+            ladder.rungs,
+            adapter.bytes,
+            time.perf_counter() - start,
+        )
+    return store
+
+
+def _check_same(ladder: RankLadder, file: Path | None, group: Group) -> None:
+    """All ranks must have read the same ladder, or none: each computes a part of what its factors give, and parts of
+    different factors do not add up to an output."""
+    if group.world_size == 1:
+        return
+    digest = 0 if file is None else int(ladder_digest(ladder)[:15], 16)
+    if group.minimum(digest) != -group.minimum(-digest):
+        raise UnsupportedModel(
+            f"adapter {ladder.name!r}: the shards found different ladders, rank {group.rank} {file or 'none'}; "
+            "give all machines the same files"
+        )

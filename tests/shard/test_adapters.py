@@ -1,0 +1,124 @@
+"""Adapters at start: with their saved ladders, on one rank and on several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from chunkwise.config.settings import AdapterSource
+from chunkwise.core import UnsupportedModel
+from chunkwise.model.identity import base_hash
+from chunkwise.model.llama import Llama
+from chunkwise.model.parallel import DistributedGroup, Group, SingleProcess
+from chunkwise.model.spec import load_spec
+from chunkwise.shard.adapters import load_adapters
+from chunkwise_adapters.format import load_adapter
+from chunkwise_adapters.ladder import build_ladder
+from chunkwise_adapters.ladder_file import LADDER_FILE, save_ladder
+from chunkwise_adapters.store import ResidentAdapter
+from conftest import TinyWorld
+
+CPU = torch.device("cpu")
+
+
+def load(tiny: TinyWorld, directory: Path, group: Group | None = None) -> ResidentAdapter:
+    model = Llama(tiny.model, group or SingleProcess(), torch.float32, CPU)
+    return load_adapters([AdapterSource("mine", str(directory))], model, tiny.model).get("mine")
+
+
+@pytest.fixture
+def adapter(tiny: TinyWorld, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny.adapters["a8"], tmp_path / "mine"))
+
+
+@pytest.fixture
+def save(tiny: TinyWorld, adapter: Path) -> Callable[..., None]:
+    """save(directory, rungs, base): a ladder with global ranks."""
+
+    def save_beside(directory: Path = adapter, rungs: tuple[int, ...] = (0, 3), base: str | None = None) -> None:
+        weights = load_adapter(adapter, "mine", load_spec(tiny.model).target_shapes())
+        ladder = build_ladder(weights, rungs, "global")
+        save_ladder(ladder, directory / LADDER_FILE, base or base_hash(tiny.model))
+
+    return save_beside
+
+
+def test_without_a_ladder_the_plain_one_is_served(tiny: TinyWorld, adapter: Path) -> None:
+    assert load(tiny, adapter).rungs == (0, 1, 2, 4, 8)
+
+
+def test_a_saved_ladder_is_served_under_any_name(tiny: TinyWorld, adapter: Path, save: Callable[..., None]) -> None:
+    save()
+    served = load(tiny, adapter)
+    assert (served.name, served.rungs) == ("mine", (0, 3, 8))
+    assert len({module.active_ranks for module in served.modules.values()}) > 1
+
+
+def test_a_ladder_of_the_adapter_before_it_was_trained_on_is_refused(
+    tiny: TinyWorld, adapter: Path, save: Callable[..., None]
+) -> None:
+    save()
+    config = (adapter / "adapter_config.json").read_text()
+    (adapter / "adapter_config.json").write_text(config.replace('"lora_alpha": 16', '"lora_alpha": 17'))
+    with pytest.raises(UnsupportedModel, match=r"'mine' cannot be served.*was made for the adapter.*delete the file"):
+        load(tiny, adapter)
+
+
+def test_a_ladder_for_another_base_is_refused(tiny: TinyWorld, adapter: Path, save: Callable[..., None]) -> None:
+    save(base="another")
+    with pytest.raises(UnsupportedModel, match=r"was made for the base model of content 'another'"):
+        load(tiny, adapter)
+
+
+def _worker(rank: int, port: int, tiny: TinyWorld, runs: list[tuple[Path, Path]], results: Any) -> None:
+    torch.set_num_threads(1)
+    group = DistributedGroup(rank, 2, f"127.0.0.1:{port}", CPU, timeout_seconds=60)
+    outcomes = []
+    for directories in runs:
+        try:
+            outcomes.append(str(load(tiny, directories[rank], group).rungs))
+        except UnsupportedModel as error:
+            outcomes.append(str(error))
+    results.put((rank, outcomes))
+    group.close()
+
+
+def load_on_two(tiny: TinyWorld, runs: list[tuple[Path, Path]]) -> list[tuple[str, str]]:
+    """For each pair of directories, one per rank: the rungs that each rank serves, or why it refuses."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    results = context.Queue()
+    workers = [
+        context.Process(target=_worker, args=(rank, port, tiny, runs, results), daemon=True) for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        got = dict(results.get(timeout=120) for _ in workers)
+    finally:
+        for worker in workers:
+            worker.join(timeout=30)
+    return list(zip(got[0], got[1], strict=True))
+
+
+def test_ranks_serve_a_ladder_only_if_all_read_the_same(
+    tiny: TinyWorld, adapter: Path, save: Callable[..., None], tmp_path: Path
+) -> None:
+    """As on two machines with copies of one adapter, of which the second got no ladder, or another one."""
+    without, another = (Path(shutil.copytree(adapter, tmp_path / name)) for name in ("without", "another"))
+    save()
+    save(another, rungs=(0, 2))
+    same, *different = load_on_two(tiny, [(adapter, adapter), (adapter, without), (adapter, another)])
+    assert same == ("(0, 3, 8)", "(0, 3, 8)")
+    for outcome in different:
+        for rank, message in enumerate(outcome):
+            assert "the shards found different ladders" in message and f"rank {rank}" in message
