@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,17 +42,3 @@ def _ready_url(process: subprocess.Popen[str]) -> str:
             threading.Thread(target=process.stdout.read, daemon=True).start()
             return line.split("ready on ")[1].strip()
     raise RuntimeError("the server did not become ready:\n" + "".join(seen))
-
-
-def children(pid: int) -> Sequence[int]:
-    """Process ids of all descendants of ``pid``."""
-    direct = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text(encoding="ascii").split()]
-    return [*direct, *(deeper for child in direct for deeper in children(child))]
-
-
-def peak_resident_bytes(pid: int) -> int:
-    """Largest resident set that process ``pid`` has had."""
-    for line in Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/{pid}/status has no VmHWM")

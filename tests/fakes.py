@@ -84,8 +84,8 @@ def toy_text(request: GenerationRequest, length: int) -> str:
 class FakeShards:
     """``eos_at`` ends a prompt (by its text) at that token index; ``errors`` refuses a prompt at its first token.
 
-    ``failures[name]`` are raised by the next calls of that name. Steps wait while ``running`` is cleared; signals come
-    ``signal_seconds`` late.
+    ``failures[name]`` are raised by the next calls of that name. Steps take ``step_seconds`` and wait while ``running``
+    is cleared; signals come ``signal_seconds`` late.
     """
 
     shard_info: ShardInfo = INFO
@@ -94,6 +94,7 @@ class FakeShards:
     eos_at: dict[str, int] = field(default_factory=dict)
     errors: dict[str, RequestError] = field(default_factory=dict)
     failures: dict[str, list[Exception]] = field(default_factory=dict)
+    step_seconds: float = 0.0
     signal_seconds: float = 0.0
     calls: list[Call] = field(default_factory=list)
     updates: list[SteeringUpdate] = field(default_factory=list)
@@ -110,6 +111,7 @@ class FakeShards:
         self.running = asyncio.Event()
         self.running.set()
         self._signals: asyncio.Queue[StepSignals] = asyncio.Queue()
+        self._lane = asyncio.Lock()
 
     async def info(self) -> ShardInfo:
         self._enter(Call("info"))
@@ -126,17 +128,24 @@ class FakeShards:
     async def prefill(
         self, requests: Sequence[GenerationRequest], batch_id: int, cached: CachedBatch | None, seq: int, step: int
     ) -> StepResult:
-        old = self.batches.pop(cached.id) if cached is not None else []
-        self._enter(Call("prefill", tuple(request.id for request in requests), seq, step))
-        self._apply(seq)
-        new = [FakeSequence(request) for request in requests]
-        return await self._run(cached.id if cached is not None else batch_id, old + new, step)
+        async with self._lane:
+            old = self.batches.pop(cached.id) if cached is not None else []
+            self._enter(Call("prefill", tuple(request.id for request in requests), seq, step))
+            self._apply(seq)
+            new = [FakeSequence(request) for request in requests]
+            return await self._run(cached.id if cached is not None else batch_id, old + new, step)
 
-    async def decode(self, batches: Sequence[CachedBatch], seq: int, step: int) -> StepResult:
-        sequences = [sequence for cached in batches for sequence in self.batches.pop(cached.id)]
-        self._enter(Call("decode", tuple(sequence.request.id for sequence in sequences), seq, step))
-        self._apply(seq)
-        return await self._run(batches[0].id, sequences, step)
+    async def decode(
+        self, batches: Sequence[CachedBatch], seq: int, step: int, may_have_ended: bool = False
+    ) -> StepResult:
+        if may_have_ended:
+            self._enter(Call("send_ahead", step=step))
+        async with self._lane:
+            known = [cached for cached in batches if cached.id in self.batches or not may_have_ended]
+            sequences = [sequence for cached in known for sequence in self.batches.pop(cached.id)]
+            self._enter(Call("decode", tuple(sequence.request.id for sequence in sequences), seq, step))
+            self._apply(seq)
+            return await self._run(batches[0].id, sequences, step)
 
     async def filter_batch(self, batch_id: int, request_ids: Sequence[int], seq: int) -> CachedBatch:
         self._enter(Call("filter_batch", tuple(request_ids), seq))
@@ -226,6 +235,8 @@ class FakeShards:
 
     async def _run(self, batch_id: int, sequences: list[FakeSequence], step: int) -> StepResult:
         await self.running.wait()
+        if self.step_seconds:
+            await asyncio.sleep(self.step_seconds)
         generations: list[Generation] = []
         signals: list[SequenceSignals] = []
         kept: list[FakeSequence] = []

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from chunkwise_adapters.arena import Arena
 from chunkwise_adapters.format import TARGETS, AdapterConflict, AdapterNotFound, ModuleKey
 from chunkwise_adapters.ladder import LadderInfo, RankLadder
 
@@ -72,11 +73,13 @@ class AdapterStore:
             self._check_same(resident, ladder)
             return resident
         modules: dict[ModuleKey, ResidentModule] = {}
+        # Of its own, so that its memory goes when the adapter does.
+        arena = Arena()
         for key, module in ladder.modules.items():
             part = self._slices[key[1]]
             modules[key] = ResidentModule(
-                a=self._place(module.a[:, part.inp]),
-                b_t=self._place(module.b_t[:, part.out]),
+                a=self._place(module.a[:, part.inp], arena),
+                b_t=self._place(module.b_t[:, part.out], arena),
                 active_ranks=ladder.active_ranks[key],
             )
         resident = ResidentAdapter(
@@ -111,7 +114,9 @@ class AdapterStore:
         """The ladders of the resident adapters, in the order of `names`."""
         return tuple(self._adapters[name] for name in self.names())
 
-    def _place(self, factor: Tensor) -> Tensor:
+    def _place(self, factor: Tensor, arena: Arena) -> Tensor:
+        if self._device.type == "cpu":
+            return arena.empty(factor.shape[0], factor.shape[1], self._dtype).copy_(factor)
         return factor.to(self._device, self._dtype).contiguous()
 
     @staticmethod

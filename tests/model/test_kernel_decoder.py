@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from chunkwise.core import ChunkDecision, UnsupportedModel
+from chunkwise.model import kernel_decoder
 from chunkwise.model.kernel_decoder import KernelDecoder
 from chunkwise.model.kernels.attention import STRETCH
 from chunkwise.model.llama import Llama, target_slices
@@ -165,6 +167,47 @@ def test_logits_of_more_rows_than_any_step_had(models: Callable[[str], Path], st
     for rows in (slice(0, 1), slice(3, 8), slice(299, 300)):
         assert torch.equal(kernels.logits(x[rows]), got[rows])
     assert torch.equal(kernels.logits(wide), kernels.logits(wide.contiguous()))
+
+
+class GuardedTorch:
+    """torch, but `empty` gives memory full of NaN between guards."""
+
+    GUARD, WIDTH = 12345, 64
+
+    def __init__(self) -> None:
+        self.made: list[Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        whole = torch.full((math.prod(shape) + 2 * self.WIDTH,), self.GUARD, dtype=dtype)
+        inside = whole[self.WIDTH : -self.WIDTH]
+        if dtype.is_floating_point:
+            inside.fill_(math.nan)
+        self.made.append(whole)
+        return inside.view(shape)
+
+    def check_integrity(self) -> None:
+        for whole in self.made:
+            for end in (whole[: self.WIDTH], whole[-self.WIDTH :]):
+                assert (end == self.GUARD).all(), f"written outside a buffer of {len(whole) - 2 * self.WIDTH}"
+
+
+@EVERY_STORAGE
+def test_buffers_are_large_enough_and_never_read_before_they_are_written(
+    models: Callable[[str], Path], storage: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shape in ("biases", "narrow", "groups of seven"):
+        expected = _serve(models(shape), SingleProcess(), 2, storage)
+        guarded = GuardedTorch()
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel_decoder, "torch", guarded)
+            got = _serve(models(shape), SingleProcess(), 2, storage)
+        assert len(guarded.made) > 20
+        guarded.check_integrity()
+        for one, other in zip(got, expected, strict=True):
+            assert_same(one, other)
 
 
 def test_hidden_states_are_good_until_the_next_step(models: Callable[[str], Path]) -> None:

@@ -17,7 +17,7 @@ from chunkwise_adapters.ladder import build_ladder
 from chunkwise_adapters.store import AdapterStore, ResidentAdapter
 from ragged import CPU, Line, Part, Rig, random_lora, write_model
 
-LENGTH = 300
+LENGTH = 270
 NAN = float("nan")
 CHUNKS = [
     ChunkDecision(1, 0, 4),
@@ -80,28 +80,30 @@ def compute(
 
 CUTS = {
     "token by token": [1] * LENGTH,
-    "pages": [16] * 18 + [12],
-    "stretches": [128, 128, 44],
-    "off by one": [127, 1, 1, 126, 2, 43],
-    "threes and ones": [3, 1] * 75,
-    "odd": [5, 7, 1, 2, 3, 111, 13, 1, 1, 6, 150],
+    "pages": [16] * 16 + [14],
+    "stretches": [128, 128, 14],
+    "off by one": [127, 1, 1, 126, 2, 13],
+    "threes and ones": [3, 1] * 67 + [2],
+    "odd": [5, 7, 1, 2, 3, 111, 13, 1, 1, 6, 120],
 }
 
 
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("adapted", [False, True], ids=["base", "adapted"])
 def test_a_prompt_has_the_same_bits_however_it_is_cut_and_in_any_company(
-    path: Path, adapters: list[ResidentAdapter], storage: torch.dtype, adapted: bool, threads: int
+    path: Path, adapters: list[ResidentAdapter], storage: torch.dtype, adapted: bool
 ) -> None:
-    rig = Rig(path, threads, storage=storage, pages=9000)
-    line = rig.line(LENGTH, adapters[0] if adapted else None, CHUNKS if adapted else [])
-    whole = compute(rig, line, [LENGTH], adapters, None)
+    """Alone on one thread, in company on two."""
+    one, two = (Rig(path, threads, storage=storage, pages=2000) for threads in (1, 2))
+    line = one.line(LENGTH, adapters[0] if adapted else None, CHUNKS if adapted else [])
+    whole = compute(one, line, [LENGTH], adapters, None)
     assert all(part.isfinite().all() for part in whole)
     for seed, (name, cuts) in enumerate(CUTS.items()):
-        for alone in (True, False) if name != "token by token" else (True,):
-            got = compute(rig, twin(rig, line), cuts, adapters, None if alone else seed)
-            for which, one, other in zip(("logits", "scores", "keys and values"), got, whole, strict=True):
-                assert torch.equal(one, other), f"{which} of {name}, {'alone' if alone else 'in company'}"
+        got = [compute(one, twin(one, line), cuts, adapters, None)]
+        if len(cuts) < 20:
+            got.append(compute(two, twin(two, line), cuts, adapters, seed))
+        for parts in got:
+            for which, part, want in zip(("logits", "scores", "keys and values"), parts, whole, strict=True):
+                assert torch.equal(part, want), f"{which} of {name}"
 
 
 def test_a_decoded_row_has_the_same_bits_in_any_batch(
@@ -109,7 +111,7 @@ def test_a_decoded_row_has_the_same_bits_in_any_batch(
 ) -> None:
     """Batches of 1 to 40 rows, which take every tile; contexts over several stretches; two numbers of threads."""
     rng = random.Random(5)
-    rigs = [Rig(path, threads, storage=storage, pages=1500) for threads in (1, 2, 3)]
+    rigs = [Rig(path, threads, storage=storage, pages=1500) for threads in (1, 2)]
     every = []
     for rig in rigs:
         rng.seed(5)
@@ -147,7 +149,7 @@ def poisoned(adapter: ResidentAdapter, key: tuple[int, str], half: str, value: f
 def test_what_is_not_finite_in_an_adapter_reaches_its_own_sequences_and_no_other(
     path: Path, adapters: list[ResidentAdapter], storage: torch.dtype, target: str, half: str, value: float
 ) -> None:
-    rig = Rig(path, 2, storage=storage)
+    rig = Rig(path, 1, storage=storage)
     bad = poisoned(adapters[0], (0, target), half, value)
     # The last one has the bad adapter but skips it.
     lines = [rig.line(40, adapter) for adapter in (bad, adapters[0], adapters[1], None, bad, bad)]
@@ -168,7 +170,7 @@ def test_what_is_not_finite_in_an_adapter_reaches_its_own_sequences_and_no_other
 def test_what_is_not_finite_in_the_cache_reaches_its_own_sequence_and_no_other(
     path: Path, storage: torch.dtype, values: bool, head: int, value: float
 ) -> None:
-    rig = Rig(path, 2, storage=storage)
+    rig = Rig(path, 1, storage=storage)
     lines = [rig.line(150) for _ in range(4)]
     kept = rig.kept(lines[0])[:, :, :150]
     kept[int(values), 1, 3, head, 2] = value
@@ -210,5 +212,5 @@ def test_a_step_run_twice_gives_the_same_bits_on_many_threads(path: Path, storag
     rig = Rig(path, 4, storage=storage)
     parts = [Part(rig.line(n), n - 1) for n in (300, 1, 17)] + [Part(rig.line(n), 0, n) for n in (50, 3, 129)]
     first = rig.run(parts).logits
-    for _ in range(10):
+    for _ in range(5):
         assert torch.equal(rig.run(parts).logits, first)

@@ -97,11 +97,13 @@ async def test_a_long_prompt_is_computed_over_several_steps(model_dir: Path) -> 
 
 
 @pytest.mark.parametrize("signal_seconds", [0.0, 0.002])
+@pytest.mark.parametrize("step_seconds", [0.0, 0.004])
 async def test_signals_are_observed_after_the_next_launch_and_before_the_one_after(
-    model_dir: Path, monkeypatch: pytest.MonkeyPatch, signal_seconds: float
+    model_dir: Path, monkeypatch: pytest.MonkeyPatch, signal_seconds: float, step_seconds: float
 ) -> None:
-    """The contract of one step's lag, whether the signals come before they are due or after the step is done."""
-    shards = FakeShards(signal_seconds=signal_seconds)
+    """The contract of one step's lag, whether the signals come before they are due or after the step is done, and
+    whether or not the step after is sent while it runs."""
+    shards = FakeShards(signal_seconds=signal_seconds, step_seconds=step_seconds)
     observe = SteeringController.observe
 
     def recorded(self: SteeringController, signals: StepSignals) -> None:
@@ -112,6 +114,12 @@ async def test_signals_are_observed_after_the_next_launch_and_before_the_one_aft
     async with routing(shards, model_dir) as serving:
         await events(serving.loop.submit(request(5, 20, adapter="law")))
         await events(serving.loop.submit(request(7, 4)))
+    ahead = [call.step for call in shards.named("send_ahead")]
+    assert ahead == ([*range(3, 21), 23, 24] if step_seconds else [])
+    for step in ahead:
+        sent = shards.calls.index(Call("send_ahead", step=step))
+        assert Call("observe", step=step - 2) in shards.calls[:sent]
+        assert Call("observe", step=step - 1) not in shards.calls[:sent]
     order = [(call.name, call.step) for call in shards.named("prefill", "decode", "observe")]
     launched = [step for name, step in order if name != "observe"]
     assert launched == list(range(1, 25))
@@ -299,7 +307,9 @@ def test_whatever_clients_do_answers_are_right_and_nothing_is_left(model_dir: Pa
         return text_of(received)
 
     async def scenario() -> None:
-        shards = FakeShards(step_tokens=data.draw(st.sampled_from([4, 16, 64])))
+        shards = FakeShards(
+            step_tokens=data.draw(st.sampled_from([4, 16, 64])), step_seconds=data.draw(st.sampled_from([0.0, 0.0005]))
+        )
         limits = Limits(max_batch_prefill_tokens=shards.step_tokens, max_batch_size=data.draw(st.integers(1, 4)))
         plans: list[tuple[GenerationRequest, Any, int]] = data.draw(
             st.lists(
@@ -323,6 +333,81 @@ def test_whatever_clients_do_answers_are_right_and_nothing_is_left(model_dir: Pa
     asyncio.run(scenario())
 
 
+async def test_the_shards_need_not_wait_for_the_router_between_decodes(model_dir: Path) -> None:
+    """Every decode but the first is sent while the one before it runs, and none that is sure to be in vain."""
+    shards = FakeShards(step_seconds=0.002)
+    async with routing(shards, model_dir, policy=None) as serving:
+        await events(serving.loop.submit(request(5, 6)))
+        await settled(shards, serving)
+    assert [call.name for call in shards.named("prefill", "decode", "send_ahead")] == [
+        "prefill",
+        "decode",
+        *["send_ahead", "decode"] * 4,
+    ]
+
+
+async def test_sending_ahead_changes_no_decision(model_dir: Path) -> None:
+    def decided(shards: FakeShards) -> list[Any]:
+        return [(update.seq, update.chunks, update.kv) for update in shards.updates]
+
+    usual, ahead = FakeShards(), FakeShards(step_seconds=0.002)
+    for shards in (usual, ahead):
+        async with routing(shards, model_dir) as serving:
+            await events(serving.loop.submit(request(20, 40, adapter="law")))
+            await settled(shards, serving)
+    assert len(ahead.named("send_ahead")) == 38
+    assert any(update.kv for update in usual.updates)
+    assert decided(ahead) == decided(usual)
+
+
+async def test_a_batch_may_end_before_the_decode_that_was_sent_ahead(model_dir: Path) -> None:
+    shards = FakeShards(step_seconds=0.002, eos_at={"short": 3})
+    async with routing(shards, model_dir) as serving:
+        received = await events(serving.loop.submit(request(5, 20, text="short")))
+        assert text_of(received) == toy_text(request(5, 20), 3)
+        assert text_of(await events(serving.loop.submit(request(6, 4)))) == toy_text(request(6, 4), 4)
+        await settled(shards, serving)
+    assert Call("decode", ()) in [Call(call.name, call.ids) for call in shards.calls]
+
+
+async def test_who_comes_or_goes_while_a_decode_is_sent_ahead_waits_for_it(model_dir: Path) -> None:
+    shards = FakeShards(step_seconds=0.004)
+    async with routing(shards, model_dir) as serving:
+        gone, stays = serving.loop.submit(request(5, 50)), serving.loop.submit(request(6, 12))
+        async with asyncio.timeout(5):
+            while not shards.named("send_ahead"):
+                await asyncio.sleep(0)
+        gone.cancel()
+        late = serving.loop.submit(request(7, 3))
+        assert text_of(await events(late)) == toy_text(request(7, 3), 3)
+        assert text_of(await events(stays)) == toy_text(request(6, 12), 12)
+        await settled(shards, serving)
+    names = [call.name for call in shards.named("prefill", "decode", "send_ahead", "filter_batch")]
+    assert names[:6] == ["prefill", "decode", "send_ahead", "decode", "filter_batch", "prefill"]
+
+
+async def test_a_step_that_fails_takes_the_one_sent_ahead_along(model_dir: Path) -> None:
+    class Unlucky(FakeShards):
+        """Its second decode fails at its end, when the third has been sent."""
+
+        async def decode(
+            self, batches: Sequence[CachedBatch], seq: int, step: int, may_have_ended: bool = False
+        ) -> StepResult:
+            result = await super().decode(batches, seq, step, may_have_ended)
+            if len(self.named("decode")) == 2:
+                self.batches.clear()
+                raise GenerationFailed("out of luck")
+            return result
+
+    shards = Unlucky(step_seconds=0.002)
+    async with routing(shards, model_dir) as serving:
+        with pytest.raises(GenerationFailed, match="out of luck"):
+            await events(serving.loop.submit(request(5, 9, adapter="law")))
+        assert len(shards.named("send_ahead")) == 2
+        assert text_of(await events(serving.loop.submit(request(7, 5)))) == toy_text(request(7, 5), 5)
+        await settled(shards, serving)
+
+
 async def test_kv_decisions_reach_the_shards(model_dir: Path) -> None:
     shards = FakeShards()
     async with routing(shards, model_dir) as serving:
@@ -333,8 +418,10 @@ async def test_kv_decisions_reach_the_shards(model_dir: Path) -> None:
 
 async def test_a_request_that_the_shards_drop_fails_and_never_hangs(model_dir: Path) -> None:
     class Forgetful(FakeShards):
-        async def decode(self, batches: Sequence[CachedBatch], seq: int, step: int) -> StepResult:
-            result = await super().decode(batches, seq, step)
+        async def decode(
+            self, batches: Sequence[CachedBatch], seq: int, step: int, may_have_ended: bool = False
+        ) -> StepResult:
+            result = await super().decode(batches, seq, step, may_have_ended)
             self.batches.clear()
             return replace(result, batch=None, generations=())
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 _PROBE_BYTES = 1 << 29
-_PROBE_ROUNDS = 7
+_PROBE_ROUNDS = 4
 
 
 def describe() -> dict[str, Any]:
@@ -40,7 +40,10 @@ def commit() -> str:
 
 
 def read_bandwidth(threads: int) -> float:
-    """Bytes per second at which all threads together read memory: the best of several sums over half a gigabyte."""
+    """Bytes per second at which all threads together read memory now: the best of several sums over half a gigabyte.
+
+    On a shared host it changes within seconds, so a limit worth comparing with is one taken beside the runs.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     data = torch.ones(_PROBE_BYTES // 4)

@@ -47,9 +47,11 @@ class Prompts:
         return StreamOrder(text, ids, adapter, stream.new_tokens, stream.start_ms)
 
 
-def measure(scenario: Scenario, garage: Garage, prompts: Prompts, say: Say) -> dict[str, Measured]:
+def measure(
+    scenario: Scenario, garage: Garage, prompts: Prompts, say: Say, before_round: Callable[[], None]
+) -> dict[str, Measured]:
     """All engines of the scenario that can run, by name. One that fails is reported with its failure and the others go
-    on."""
+    on. ``before_round`` is called while all are frozen."""
     measured: dict[str, Measured] = {}
     orders = {case.setting: [prompts.order(stream) for stream in case.streams] for case in scenario.cases}
     with ExitStack() as stack:
@@ -65,6 +67,7 @@ def measure(scenario: Scenario, garage: Garage, prompts: Prompts, say: Say) -> d
             except EngineFailed as error:
                 measured[name] = Measured({}, failure=str(error))
         for round in range(scenario.discarded + scenario.rounds):
+            before_round()
             for case in scenario.cases:
                 for name in [name for name in case.engines if name in running]:
                     keep = round >= scenario.discarded and case.counts

@@ -66,7 +66,9 @@ def _model_flags(flags: _Flags) -> None:
     flags.switch("--disable-prefix-caching", "compute every prompt anew instead of reusing what earlier ones share")
     flags.value("--watermark-gamma", "share of the vocabulary that a watermark favours", kind=float, default=0.5)
     flags.value("--watermark-delta", "what a watermark adds to the scores of that share", kind=float, default=2.0)
-    flags.value("--threads", "CPU threads of each shard; default: the machine's cores over the shards", kind=int)
+    flags.value(
+        "--threads", "CPU threads of each shard, no more than are free; default: the cores over the shards", kind=int
+    )
     flags.switch("--record-cuda-graphs", "run decode steps on one GPU as CUDA graphs; not yet tried on a GPU")
     _log_flags(flags)
 

@@ -38,7 +38,6 @@ from chunkwise.model.step import StepInput, StepSpan
 from chunkwise_adapters.gate import LoraSegment
 from chunkwise_adapters.store import ResidentAdapter
 
-
 _KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
 
 

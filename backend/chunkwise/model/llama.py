@@ -52,6 +52,7 @@ class Llama:
     ) -> None:
         self.spec = load_spec(model_dir)
         self.dtype = dtype
+        self.storage = storage or dtype
         self.device = device
         self.group = group
         self.plan = plan_shard(self.spec, group.rank, group.world_size)
@@ -62,7 +63,7 @@ class Llama:
             group.rank,
             dtype,
             device,
-            storage=storage or dtype,
+            storage=self.storage,
             lora=lora or choose_op(device),
         )
         self._embedding = weights.embedding

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from chunkwise.model.linear import Matrix, Projection, quantize_rows
 from chunkwise.model.parallel import ShardPlan
 from chunkwise.model.spec import ModelSpec
 from chunkwise.model.weights import Checkpoint
+from chunkwise_adapters.arena import Arena
 from chunkwise_adapters.ops import GatedLora
 from chunkwise_adapters.store import TargetSlice
 
@@ -47,6 +50,18 @@ def target_slices(spec: ModelSpec, plan: ShardPlan) -> dict[str, TargetSlice]:
     }
 
 
+_ROWS = 1024
+
+
+class _Part(NamedTuple):
+    """Rows and columns of one tensor of the checkpoint, whose whole shape is ``shape``."""
+
+    name: str
+    shape: tuple[int, int]
+    rows: slice
+    columns: slice | None
+
+
 class _Loader:
     """Builds layers from a checkpoint; exists only while the model is read."""
 
@@ -60,31 +75,54 @@ class _Loader:
         self._checkpoint = checkpoint
         self._rank = rank
         self._storage = storage
+        self._arena = Arena()
         self._lora = lora
 
-    def _matrix(self, weight: Tensor) -> Matrix:
-        return quantize_rows(weight) if self._storage == torch.int8 else Matrix(weight.to(self._storage))
+    def _read(self, parts: Sequence[_Part], rows: int, columns: int) -> Matrix:
+        """The ``parts`` below each other, ``[rows, columns]``. They are read a few rows at a time into their place: a
+        whole matrix, as it is stored, converted and joined, would be most of the process's peak memory."""
+        checkpoint, storage = self._checkpoint, self._storage
+        if checkpoint.device.type == "cpu":
+            data = self._arena.empty(rows, columns, storage)
+        else:
+            data = torch.empty(rows, columns, dtype=storage, device=checkpoint.device)
+        scales = torch.empty(rows, device=checkpoint.device) if storage == torch.int8 else None
+        at = 0
+        for name, shape, part_rows, part_columns in parts:
+            for start in range(part_rows.start, part_rows.stop, _ROWS):
+                piece = slice(start, min(start + _ROWS, part_rows.stop))
+                weight = checkpoint.read(name, shape, piece, part_columns)
+                place = slice(at, at + weight.shape[0])
+                kept = quantize_rows(weight) if storage == torch.int8 else Matrix(weight)
+                data[place] = kept.data
+                if scales is not None and kept.scales is not None:
+                    scales[place] = kept.scales
+                at = place.stop
+            checkpoint.unmap()
+        return Matrix(data, scales)
 
     def table(self, name: str) -> Matrix:
         """This rank's rows of the embedding or the head."""
-        shape = (self._spec.vocab, self._spec.hidden)
-        return self._matrix(self._checkpoint.read(name, shape, self._plan.vocab))
+        hidden, vocab = self._spec.hidden, self._plan.vocab
+        part = _Part(name, (self._spec.vocab, hidden), vocab, None)
+        return self._read([part], vocab.stop - vocab.start, hidden)
 
     def _projection(self, layer: int, block: str, targets: tuple[str, ...], *, bias: bool, row: bool) -> Projection:
-        weights, biases, columns, start = [], [], [], 0
+        parts, biases, columns, start, width = [], [], [], 0, 0
         for target in targets:
             name = f"model.layers.{layer}.{block}.{target}"
             shape, part = self._shapes[layer, target], self._slices[target]
-            weights.append(self._checkpoint.read(f"{name}.weight", shape, part.out, part.inp))
+            out, inp = range(shape[0])[part.out], range(shape[1])[part.inp]
+            parts.append(_Part(f"{name}.weight", shape, slice(out.start, out.stop), part.inp))
             if bias:
                 biases.append(self._checkpoint.read(f"{name}.bias", shape[:1], part.out))
-            columns.append((target, slice(start, start + weights[-1].shape[0])))
-            start += weights[-1].shape[0]
+            columns.append((target, slice(start, start + len(out))))
+            start, width = start + len(out), len(inp)
         # A row-parallel bias must enter the sum over ranks once: rank 0 adds it.
         use_bias = bool(biases) and (not row or self._rank == 0)
         return Projection(
             layer,
-            self._matrix(torch.cat(weights)),
+            self._read(parts, start, width),
             torch.cat(biases) if use_bias else None,
             tuple(columns),
             self._lora,
@@ -128,11 +166,8 @@ def load_weights(
     """One rank's weights in ``dtype``, the matrices in ``storage``. Raises UnsupportedModel."""
     with Checkpoint(model_dir, dtype, device) as checkpoint:
         loader = _Loader(spec, plan, checkpoint, rank, storage, lora)
-        layers = []
-        for i in range(spec.layers):
-            layers.append(loader.layer(i))
-            checkpoint.unmap()
-        norm = checkpoint.read("model.norm.weight", (spec.hidden,))
         embedding = loader.table("model.embed_tokens.weight")
         head = embedding if spec.tied_head else loader.table("lm_head.weight")
+        layers = [loader.layer(i) for i in range(spec.layers)]
+        norm = checkpoint.read("model.norm.weight", (spec.hidden,))
     return Weights(tuple(layers), norm, embedding, head)

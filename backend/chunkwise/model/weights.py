@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,6 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chunkwise.core import UnsupportedModel
+
+# glibc has it, other C libraries may not.
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 def _locate(model_dir: Path) -> dict[str, Path]:
@@ -60,9 +64,12 @@ class Checkpoint:
 
     def unmap(self) -> None:
         """Closes the files; the next read opens them again. What was read through a mapping counts as resident memory
-        as long as it is open, so a caller that has copied enough calls this now and then."""
+        as long as it is open, so a caller that has copied enough calls this now and then. Memory that the copying has
+        freed goes back to the system too; the C library would keep it."""
         self._stack.close()
         self._open.clear()
+        if _trim is not None:
+            _trim(0)
 
     def _handle(self, name: str) -> Any:
         if name not in self._files:

@@ -69,6 +69,8 @@ class Backlog:
         step's budget is let in as the last one, with ``chunk_len`` set to that rest (TGI's chunked mode). With nothing
         live the head of the queue always gets in.
         """
+        if not self._waiting:
+            return ()
         capacity = self._capacity
         tokens = capacity.total_tokens - sum(capacity.reserved(request) for request in live)
         prefill = capacity.prefill_tokens - current_tokens

@@ -14,6 +14,13 @@ from chunkwise.router.metrics import Metrics
 from chunkwise.router.shard_group import Shards
 from chunkwise.steering import ChunkReport, SteeringController, SteeringReport
 
+StepCall = Callable[[int, int], Coroutine[Any, Any, StepResult]]
+"""The RPC of a step, given the number of its barrier and the number of the step."""
+
+# Turns of the event loop from the making of an RPC's task to its request's being sent: the task's own first turn, then
+# that of the task which grpc.aio makes for the call.
+_LAUNCH_TURNS = 2
+
 
 def plain_report(adapter: AdapterInfo | None, length: int) -> SteeringReport:
     """The report of ``length`` tokens that were not steered: one chunk at the trained rank (0: no adapter)."""
@@ -63,9 +70,10 @@ class Helm:
         self._controller.release(request.id)
         return report
 
-    async def flush(self) -> SteeringUpdate | None:
-        """Sends the shards what was decided since the last flush; None if that was nothing."""
-        update = self._controller.flush() if self._controller is not None else None
+    async def flush(self, ahead: bool = False) -> SteeringUpdate | None:
+        """Sends the shards what was decided since the last flush; None if that was nothing. For ``ahead`` see
+        `SteeringController.flush`."""
+        update = self._controller.flush(ahead) if self._controller is not None else None
         if update is not None:
             self._metrics.steering_update(update)
             await self._shards.steer(update)
@@ -76,22 +84,45 @@ class Helm:
         """Number of the last update sent, the barrier of the next RPC."""
         return self._controller.last_seq if self._controller is not None else 0
 
-    async def step(self, launch: Callable[[int, int], Coroutine[Any, Any, StepResult]]) -> StepResult:
-        """Runs one step, and meanwhile observes the signals of the step before.
+    async def launch(self, call: StepCall, *, ahead: bool = False) -> asyncio.Task[StepResult]:
+        """Sends a step behind all that was decided, and returns its task as soon as it is on its way. A caller that
+        does not wait for it cancels it.
 
         Args:
-            launch: the RPC, given the number of its barrier and the number of the step.
+            ahead: the step before still runs; its signals must not have been waited for yet, those of the one before it
+                must have been.
+        """
+        await self.flush(ahead)
+        rpc = asyncio.create_task(call(self.seq, self._open_step()))
+        try:
+            for _ in range(_LAUNCH_TURNS):
+                await asyncio.sleep(0)
+        except BaseException:
+            rpc.cancel()
+            raise
+        return rpc
+
+    async def observe(self) -> None:
+        """Waits for the signals of the step before the last one that was launched, if they are due, and takes them.
 
         Raises:
-            GenerationFailed: the step failed; call `abandon_step` before the next one.
             ShardLost: the shards must be started anew.
             SteeringViolation: the signals contradict what the shards were told.
         """
-        await self.flush()
-        rpc = asyncio.create_task(launch(self.seq, self._open_step()))
+        due, self._due = self._due, None
+        if due is not None and self._controller is not None:
+            self._controller.observe(await self._shards.signals(due))
+
+    async def step(self, call: StepCall) -> StepResult:
+        """Runs one step, and meanwhile observes the signals of the step before.
+
+        Raises:
+            GenerationFailed: the step failed; call `abandon_step` before the next one.
+            ShardLost, SteeringViolation: as `observe`.
+        """
+        rpc = await self.launch(call)
         try:
-            await asyncio.sleep(0)  # the step is on its way before any time goes into steering
-            await self._observe()
+            await self.observe()
             return await rpc
         finally:
             rpc.cancel()
@@ -107,12 +138,6 @@ class Helm:
         self._step += 1
         self._due, self._launched = self._launched, self._step
         return self._step
-
-    async def _observe(self) -> None:
-        """Waits for the signals that are due, if any, and takes them."""
-        due, self._due = self._due, None
-        if due is not None and self._controller is not None:
-            self._controller.observe(await self._shards.signals(due))
 
     def _adapter(self, request: GenerationRequest) -> AdapterInfo | None:
         """The request's adapter; None also for one that the shards do not hold and will refuse."""

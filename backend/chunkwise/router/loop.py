@@ -69,6 +69,7 @@ class Loop:
         self._answers: dict[int, Answer] = {}
         self._live: dict[int, _Live] = {}
         self._cancelled: set[int] = set()
+        self._outbox: list[tuple[Answer, Event]] = []
         self._wake = asyncio.Event()
         self._stopped: str | None = None
 
@@ -121,6 +122,7 @@ class Loop:
 
     def _stop(self, reason: str) -> None:
         self._stopped = reason
+        self._hand_out()
         for answer in self._answers.values():
             answer.fail(ServingStopped(reason))
         self._answers.clear()
@@ -133,23 +135,34 @@ class Loop:
     async def _turn(self) -> None:
         """One step, or a wait for work. A failed call ends all requests in the batch and no others."""
         try:
-            self._drop_cancelled()
-            await self._batch.keep(self._live.keys())
-            admitted = self._admit()
-            if self._live:
-                self._take(await self._batch.step(admitted))
+            admitted: tuple[GenerationRequest, ...] = ()
+            if not self._batch.is_ahead:
+                self._drop_cancelled()
+                await self._batch.keep(self._live.keys())
+                admitted = self._admit()
+            if self._live or self._batch.is_ahead:
+                self._take(await self._batch.step(admitted, self._hand_out, self._goes_on))
             else:
+                self._hand_out()
                 await self._rest()
         except ShardLost:
             raise
         except GenerationFailed as error:
             _log.error("a batch of %d requests failed: %s", len(self._live), error)
+            self._hand_out()
             for request_id in list(self._live):
                 self._fail(request_id, error)
             try:
                 await self._batch.clear()
             except GenerationFailed as second:
                 raise ShardLost(f"the shards could not be cleared after a failed step: {second}") from second
+
+    def _goes_on(self) -> bool:
+        """Whether, as far as can be known while a step runs, the next one is a decode of the same batch: nobody waits,
+        nobody has given up, and somebody has tokens to come after this step's."""
+        if self._backlog or self._cancelled:
+            return False
+        return any(live.generated + 1 < live.request.stopping.max_new_tokens for live in self._live.values())
 
     async def _rest(self) -> None:
         await self._batch.rest()
@@ -173,7 +186,6 @@ class Loop:
             self._answers[request.id].started_at = now
         if admitted:
             self._metrics.next_size.observe(len(admitted))
-        self._gauge()
         return admitted
 
     def _gauge(self) -> None:
@@ -205,9 +217,18 @@ class Loop:
             self._helm.extend(request.id, generation.token.id)
         answer = self._answers.get(request.id)
         if answer is not None:
-            answer.push(Event(generation.token, generation.top_tokens, ending, generation.prefill_tokens))
+            event = Event(generation.token, generation.top_tokens, ending, generation.prefill_tokens)
+            self._outbox.append((answer, event))
         if ending is not None:
             self._answers.pop(request.id, None)
+
+    def _hand_out(self) -> None:
+        """Gives the newest tokens to those who wait for them. Writing them to many clients takes longer than anything
+        else here, so it waits until the next step has been launched."""
+        for answer, event in self._outbox:
+            answer.push(event)
+        self._outbox.clear()
+        self._gauge()
 
     def _fail(self, request_id: int, error: ChunkwiseError) -> None:
         live = self._live.pop(request_id)

@@ -38,8 +38,11 @@ class Shards(Protocol):
     ) -> StepResult:
         """Admits requests into the cached batch, if any, and runs one step over all."""
 
-    async def decode(self, batches: Sequence[CachedBatch], seq: int, step: int) -> StepResult:
-        """Runs one step over cached batches."""
+    async def decode(
+        self, batches: Sequence[CachedBatch], seq: int, step: int, may_have_ended: bool = False
+    ) -> StepResult:
+        """Runs one step over cached batches. Sent while the step before still runs, it waits for that one; then the
+        batches ``may_have_ended``, and if all have, the result is empty."""
 
     async def filter_batch(self, batch_id: int, request_ids: Sequence[int], seq: int) -> CachedBatch:
         """Keeps the named requests of a cached batch."""

@@ -160,10 +160,12 @@ class GrpcShards:
         )
         return self._joined(await self._each(lambda stub: stub.Prefill(request)))
 
-    async def decode(self, batches: Sequence[CachedBatch], seq: int, step: int) -> StepResult:
+    async def decode(
+        self, batches: Sequence[CachedBatch], seq: int, step: int, may_have_ended: bool = False
+    ) -> StepResult:
         """See `Shards`."""
         cached = [wire.cached_batch_to_pb(batch) for batch in batches]
-        request = pb.DecodeRequest(batches=cached, steering_seq=seq, step=step)
+        request = pb.DecodeRequest(batches=cached, steering_seq=seq, step=step, may_have_ended=may_have_ended)
         return self._joined(await self._each(lambda stub: stub.Decode(request)))
 
     async def filter_batch(self, batch_id: int, request_ids: Sequence[int], seq: int) -> CachedBatch:
@@ -220,13 +222,15 @@ class GrpcShards:
                 await asyncio.sleep(_RETRY_S)
 
     async def _each(self, call: Callable[[TextGenerationServiceAsyncStub], Awaitable[_T]]) -> list[_T]:
-        async def one(rank: int) -> _T:
+        async def answer(url: str, answer: Awaitable[_T]) -> _T:
             try:
-                return await call(self._stubs[rank])
+                return await answer
             except grpc.aio.AioRpcError as error:
-                raise _failure(self._urls[rank], error) from error
+                raise _failure(url, error) from error
 
-        return await _all([one(rank) for rank in range(len(self._stubs))])
+        # Every call is made before the first is waited for, and is on its way one turn of the event loop later.
+        calls = [call(stub) for stub in self._stubs]
+        return await _all([answer(url, call) for url, call in zip(self._urls, calls, strict=True)])
 
     async def _write(self, rank: int, message: steer_pb.SteeringUpdate) -> None:
         try:

@@ -93,9 +93,10 @@ class Engine:
         return self._model.group
 
     def info(self) -> ShardInfo:
-        """What a router must know before Warmup."""
+        """What a router must know before Warmup; the type is that of the weights, unless they are in 8 bits."""
+        stored = self._model.storage
         return ShardInfo(
-            dtype=str(self._model.dtype).removeprefix("torch."),
+            dtype=str(stored if stored.is_floating_point else self._model.dtype).removeprefix("torch."),
             device_type=self._model.device.type,
             page_size=PAGE_SIZE,
             max_position_embeddings=self._model.spec.max_position,

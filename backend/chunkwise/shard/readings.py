@@ -11,7 +11,7 @@ import torch
 from numba import carray
 from torch import Tensor
 
-from chunkwise.model.kernels.compile import entry
+from chunkwise.model.kernels.compile import entry, kernel
 from chunkwise.model.kernels.tiles import as_pointer, exp_sum
 
 # Floats that are worked on at a time; they stay in the first-level cache.
@@ -19,12 +19,14 @@ _STRETCH = 4096
 # Without the sign bit, the bits of a float that is not finite are those of infinity, or more.
 _MAGNITUDE = np.int32(0x7FFFFFFF)
 _INFINITY = np.int32(0x7F800000)
+# `exp_sum` never gives quite 0; further away than this, what it gives would count if it were not for this bound.
+_FAR = np.float32(-100.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Readings:
-    """Row by row: ``entropies`` over ln V, so in [0, 1], NaN where a logit is not finite; ``likeliest`` tokens, the first
-    of several; their ``logprobs``."""
+    """Row by row: ``entropies`` over ln V, so in [0, 1], NaN where a logit is not finite; the ``likeliest`` tokens, of
+    several the first; their ``logprobs``."""
 
     entropies: list[float]
     likeliest: list[int]
@@ -64,7 +66,7 @@ def _read(logits, rows, vocab, scratch, ids, logprobs, entropies):
         entropies[row] = math.log(mass) - moment / mass if finite else math.nan
 
 
-@entry
+@kernel
 def _likeliest(start, n):
     """The first of the largest of n floats, and whether all are finite. Compares bits as integers, since compilers do
     not vectorise the maximum of floats that may be NaN: with the other bits of negative floats turned over, integers
@@ -85,7 +87,7 @@ def _likeliest(start, n):
     return stretch + i, largest < _INFINITY
 
 
-@entry
+@kernel
 def _sums(start, n, top, scratch):
     """``Σ e^d`` and ``Σ d e^d`` over the distances d of n floats to the one at ``top``."""
     mass, moment = 0.0, 0.0
@@ -97,6 +99,6 @@ def _sums(start, n, top, scratch):
         mass += exp_sum(scratch.ctypes.data, len(x), top)
         part = np.float32(0.0)
         for i in range(len(x)):
-            part += scratch[i] * (x[i] - shift)
-        moment += part
+            part += scratch[i] * max(x[i] - shift, _FAR)
+        moment += float(part)
     return mass, moment

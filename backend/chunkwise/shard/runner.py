@@ -31,7 +31,7 @@ from chunkwise.model.llama import Llama
 from chunkwise.model.step import StepOutput
 from chunkwise.shard.decisions import DecisionTable
 from chunkwise.shard.packing import pack
-from chunkwise.shard.sampler import Readings, read_logits
+from chunkwise.shard.readings import Readings, read_logits
 from chunkwise.shard.scheduler import Span, schedule
 from chunkwise.shard.sequence import PrefixTrail, Sequence
 from chunkwise.tokenizer import Tokenizer
@@ -192,9 +192,7 @@ class StepRunner:
                 wanted = min(span.context, sequence.prompt_tokens - 1) - sequence.computed
                 sequence.prompt_logprobs.extend(itertools.islice(values, max(wanted, 0)))
 
-    def _choose(
-        self, sequence: Sequence, row: int, logits: Tensor, readings: Readings, outcome: StepOutcome
-    ) -> None:
+    def _choose(self, sequence: Sequence, row: int, logits: Tensor, readings: Readings, outcome: StepOutcome) -> None:
         top: tuple[Token, ...] = ()
         if sequence.chooser.takes_likeliest and not sequence.request.top_n_tokens:
             id, logprob = readings.likeliest[row], readings.logprobs[row]

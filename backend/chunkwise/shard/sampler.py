@@ -1,13 +1,11 @@
-"""Chooses next tokens: of all rows of a step at once where the likeliest token is wanted, else request by request. Order
-of processing as in TGI: watermark, repetition penalty, frequency penalty, grammar, temperature, top-k, top-p, typical-p,
-choice."""
+"""Chooses the next token of one request. Order of processing as in TGI: watermark, repetition penalty, frequency
+penalty, grammar, temperature, top-k, top-p, typical-p, choice."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,34 +13,6 @@ from torch import Tensor
 from chunkwise.core import SamplingParams
 from chunkwise.shard.grammar import GrammarState
 from chunkwise.shard.watermark import Watermark
-
-# What is worked out for this many rows, a few MB, stays in the processor's cache; for all rows it would not.
-_ROWS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Readings:
-    """What the raw next-token distributions of a step say, row by row.
-
-    ``entropies`` are divided by ln V, so in [0, 1], or NaN where a logit is not finite; ``likeliest`` are the greedy
-    choices and ``logprobs`` their log-probabilities.
-    """
-
-    entropies: list[float] = field(default_factory=list)
-    likeliest: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-
-
-def read_logits(logits: Tensor) -> Readings:
-    """The readings of raw ``logits`` [S, V], fp32."""
-    readings, scale = Readings(), -1.0 / math.log(logits.shape[-1])
-    for rows in logits.split(_ROWS):
-        log_p = rows.log_softmax(dim=-1)
-        ids = log_p.argmax(dim=-1)
-        readings.entropies.extend((torch.linalg.vecdot(log_p.exp(), log_p) * scale).tolist())
-        readings.likeliest.extend(ids.tolist())
-        readings.logprobs.extend(log_p.gather(1, ids[:, None])[:, 0].tolist())
-    return readings
 
 
 def keep_top_k(scores: Tensor, k: int) -> Tensor:
@@ -52,7 +22,7 @@ def keep_top_k(scores: Tensor, k: int) -> Tensor:
 
 
 def keep_top_p(scores: Tensor, p: float) -> Tensor:
-    """Keeps the fewest likeliest tokens whose probabilities add up to at least p, and what ties with the last of them."""
+    """Keeps the fewest likeliest tokens whose probabilities add up to at least p, and all that tie with the last."""
     probabilities = scores.softmax(dim=-1)
     # Tokens of probability (1 - p) / V or less cannot add up to more than 1 - p: they go, and need not be sorted.
     bound = probabilities.max().clamp(max=(1.0 - p) / scores.shape[-1])
@@ -113,10 +83,7 @@ class TokenChooser:
             scores = self._grammar.mask(scores)
         scores = self._warp(scores)
         log_p = scores.log_softmax(dim=-1)
-        if self._params.samples:
-            id = self._draw(log_p)
-        else:
-            id = int(log_p.argmax().item())
+        id = self._draw(log_p) if self._params.samples else int(log_p.argmax().item())
         if self._penalises:
             self._counts[id] += 1
         if self._grammar is not None:

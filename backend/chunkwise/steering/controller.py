@@ -14,9 +14,9 @@ from chunkwise.steering.sequence import SteeredSequence
 class SteeringController:
     """Turns tokens and signals of many requests into numbered steering updates.
 
-    The loop flushes right before each step, and observes the signals of step n after step n + 1 was started and before
-    step n + 2 is. Under that contract no decision starts at a position that is computed by the time it is flushed, and
-    the updates depend on the calls' arguments and order alone. Request ids are used once per controller.
+    The loop flushes right before it sends a step, and observes the signals of step n after step n + 1 was sent and
+    before step n + 2 is. Under that contract no decision starts at a position that is computed when its update becomes
+    effective, and the updates depend on the calls' arguments and order alone. Request ids are used once per controller.
     """
 
     def __init__(self, policy: SteeringPolicy) -> None:
@@ -78,9 +78,13 @@ class SteeringController:
         self._released.append(request_id)
         return sequence.report(sequence.computed)
 
-    def flush(self) -> SteeringUpdate | None:
-        """Everything decided since the last flush, as the next update; None if nothing was."""
-        kv = tuple(decision for sequence in self._sequences.values() for decision in sequence.due_kv())
+    def flush(self, ahead: bool = False) -> SteeringUpdate | None:
+        """Everything decided since the last flush, as the next update; None if nothing was.
+
+        Args:
+            ahead: the step before the one to be sent still runs, and its tokens have not been given yet.
+        """
+        kv = tuple(decision for sequence in self._sequences.values() for decision in sequence.due_kv(ahead))
         if not (self._chunks or kv or self._released):
             return None
         self._seq += 1

@@ -65,7 +65,7 @@ class SteeredSequence:
         self._closed = 0
         self._computed = 0
         self._generated = 0
-        self._unobserved: deque[float] = deque()
+        self._unobserved: deque[int] = deque()
         self._plan(prompt_ids)
 
     @property
@@ -78,8 +78,8 @@ class SteeredSequence:
         return [self._decision(chunk) for chunk in self._chunks] if self._selector is not None else []
 
     def extend(self, token_id: int) -> None:
-        """Takes the next generated token."""
-        self._unobserved.append(self._novelty.push(token_id))
+        """Takes the next generated token. The router does this between two steps, so nothing is worked out here."""
+        self._unobserved.append(token_id)
         self._generated += 1
 
     def observe(self, signals: SequenceSignals) -> ChunkDecision | None:
@@ -101,10 +101,13 @@ class SteeredSequence:
             # Its complexity was planned without the model's signals. (The normalisation of novelty and position counts
             # this one token twice, which cannot be seen beside `inertia`.)
             self._chunker.retract()
+            novelty = self._last_of_prompt
+        else:
+            novelty = self._novelty.push(self._unobserved.popleft())
         complexity = self._estimator.estimate(
             Observation(
                 entropy=signals.entropy,
-                novelty=self._unobserved.popleft(),
+                novelty=novelty,
                 attention=signals.attention_spread,
                 position=positional_prior(position, self._prompt_length, self._policy.estimator),
             )
@@ -115,16 +118,17 @@ class SteeredSequence:
         chunk = self._open(start, self._chunker.recent)
         return self._decision(chunk) if self._selector is not None else None
 
-    def due_kv(self) -> list[KvDecision]:
-        """KV decisions that have become due since the last call; they take effect at once.
+    def due_kv(self, ahead: bool = False) -> list[KvDecision]:
+        """KV decisions that have become due since the last call; they take effect with the next step that is sent.
 
-        What is due follows from the number of generated tokens, which is the same at the same step of a request.
-        Signals do not come later than that, but sooner if steps of other batches lie in between. Nothing is due before
-        the whole prompt is computed.
+        What is due follows from the number of tokens that are generated before that step, which is the same at the same
+        step of a request; with ``ahead`` a step still runs that generates one more. Signals do not come later than
+        that, but sooner if steps of other batches lie in between. Nothing is due before the whole prompt is computed.
         """
-        if self._generated < DECODE_LEAD:
+        generated = self._generated + ahead
+        if generated < DECODE_LEAD:
             return []
-        computed = self._prompt_length + self._generated - DECODE_LEAD
+        computed = self._prompt_length + generated - DECODE_LEAD
         while self._closed + 1 < len(self._chunks) and self._chunks[self._closed + 1].start <= computed:
             start, end = self._chunks[self._closed].start, self._chunks[self._closed + 1].start
             self._kv.close(Chunk(start, end, self._chunker.mean(start, end)))
@@ -155,7 +159,7 @@ class SteeredSequence:
             start = self._chunker.push(self._estimator.estimate(Observation(novelty=novelty, position=prior)))
             if start is not None:
                 starts.append(start)
-        self._unobserved.append(novelty)
+        self._last_of_prompt = novelty
         for start, end in pairwise([*starts, self._prompt_length]):
             self._open(start, self._chunker.mean(start, end))
         # The first boundary that decode can set lies one position behind the prompt's end, too late for a full chunk.
@@ -192,7 +196,7 @@ class SteeredSequence:
                 f"request {self._request_id} reports signals at position {position} after {self._computed} computed "
                 f"tokens of a prompt of {self._prompt_length}; positions ascend, by one from the prompt's last token on"
             )
-        if in_decode and not self._unobserved:
+        if position >= self._prompt_length + self._generated:
             raise SteeringViolation(
                 f"request {self._request_id} reports signals at position {position} before its token was given; "
                 "extend it with every generated token first"

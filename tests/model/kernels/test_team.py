@@ -3,6 +3,8 @@
 # mypy: disable-error-code="no-untyped-def"
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 from numba import carray
@@ -11,7 +13,7 @@ from chunkwise.model.kernels.compile import entry
 from chunkwise.model.kernels.team import Team, meet
 from chunkwise.model.kernels.tiles import as_pointer, atomic_add
 
-ROUNDS = 300
+ROUNDS = 100
 
 
 @entry
@@ -34,9 +36,8 @@ def rounds_of(sync, place, counter, errors, rounds, me, team):
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 def test_nobody_passes_the_barrier_before_the_last_one_came(threads: int) -> None:
     team = Team(threads)
-    sync, counter, errors = (np.zeros(8, dtype=np.int64) for _ in range(3))
-    place = np.zeros(8 * threads, dtype=np.int64)
-    addresses = [array.ctypes.data for array in (sync, place, counter, errors)]
+    counter, errors, place = (np.zeros(8 * threads, dtype=np.int64) for _ in range(3))
+    addresses = [team.sync, *(array.ctypes.data for array in (place, counter, errors))]
     for runs in range(1, 6):
         team.run(rounds_of, *addresses, ROUNDS // 5)
         # Read as soon as run() is back: it must not come back early.
@@ -51,7 +52,20 @@ def mark(sync, place, value, me, team):
 
 
 def test_every_thread_gets_the_arguments_of_every_run() -> None:
-    team, sync, place = Team(3), np.zeros(8, dtype=np.int64), np.zeros(3, dtype=np.int64)
-    for value in range(0, 1000, 10):
-        team.run(mark, sync.ctypes.data, place.ctypes.data, value)
+    team, place = Team(3), np.zeros(3, dtype=np.int64)
+    for value in range(0, 300, 10):
+        team.run(mark, team.sync, place.ctypes.data, value)
         assert place.tolist() == [value, value + 1, value + 2]
+
+
+def test_threads_end_when_their_team_is_dropped() -> None:
+    before = set(threading.enumerate())
+    team = Team(4)
+    place = np.zeros(4, dtype=np.int64)
+    team.run(mark, team.sync, place.ctypes.data, 1)
+    started = set(threading.enumerate()) - before
+    assert len(started) == 3
+    del team
+    for thread in started:
+        thread.join(timeout=60)
+        assert not thread.is_alive()

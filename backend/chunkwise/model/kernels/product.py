@@ -83,7 +83,7 @@ def _several(kind, rows, w, x, k, y, ldy, w_scales, x_scales):
 
 @kernel
 def multiply(kind, w, w_scales, first, last, x, x_scales, rows, k, y, ldy):
-    """``y[t, n] = Σ_k w[n, k] x[t, k]`` for ``first <= n < last`` and ``rows`` t; ``w`` and ``x`` have rows of length k.
+    """``y[t, n] = Σ_k w[n, k] x[t, k]`` for ``first <= n < last`` and ``rows`` t; all rows have length k.
 
     ``kind`` `FLOAT32` and `BFLOAT16` are of ``w``, with x in fp32 and no scales; `INT8` takes 16-bit x, both with row
     scales. Few rows take one weight row at a time, so that the weights stream in the order they lie in memory; more

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from aiohttp import web
@@ -13,6 +14,32 @@ from chunkwise.router.api.errors import describe_error
 
 # A comment in the pauses keeps proxies from closing a stream that waits in the queue.
 KEEPALIVE_S = 15.0
+
+
+class _Stream:
+    """One response that events and comments are written to."""
+
+    def __init__(self, response: web.StreamResponse) -> None:
+        self._response = response
+        self._clock = asyncio.get_running_loop().time
+        self._written_at = self._clock()
+
+    async def send(self, event: Mapping[str, Any]) -> None:
+        await self._write(b"data:" + json.dumps(event).encode() + b"\n\n")
+
+    async def keep_alive(self, period_s: float) -> None:
+        """Writes a comment whenever nothing has been written for ``period_s``, for ever."""
+        with suppress(ConnectionResetError):
+            while True:
+                pause = self._clock() - self._written_at
+                if pause >= period_s:
+                    await self._write(b":\n\n")
+                else:
+                    await asyncio.sleep(period_s - pause)
+
+    async def _write(self, data: bytes) -> None:
+        self._written_at = self._clock()
+        await self._response.write(data)
 
 
 async def stream_events(
@@ -30,29 +57,17 @@ async def stream_events(
         headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers, "Content-Type": "text/event-stream"}
     )
     await response.prepare(request)
-    following = asyncio.ensure_future(anext(events, None))
+    stream = _Stream(response)
+    keeping = asyncio.create_task(stream.keep_alive(keepalive_s))
     try:
-        while True:
-            done, _ = await asyncio.wait({following}, timeout=keepalive_s)
-            if not done:
-                await response.write(b":\n\n")
-                continue
-            event = following.result()
-            if event is None:
-                break
-            following = asyncio.ensure_future(anext(events, None))
-            await _send(response, event)
+        async for event in events:
+            await stream.send(event)
     except ConnectionResetError:
         return response
     except Exception as error:
-        await _send(response, describe_error(error)[1])
+        await stream.send(describe_error(error)[1])
     finally:
-        following.cancel()
-        await asyncio.gather(following, return_exceptions=True)
+        keeping.cancel()
         await events.aclose()
     await response.write_eof()
     return response
-
-
-async def _send(response: web.StreamResponse, event: Mapping[str, Any]) -> None:
-    await response.write(b"data:" + json.dumps(event).encode() + b"\n\n")
