@@ -172,7 +172,7 @@ def summary(steps: list[Step]) -> dict[str, float]:
     the end of one call's work to the arrival of the next call, which is conversion, wire and router.
     """
     if len(steps) < 3:
-        raise SystemExit(f"{len(steps)} steps were timed, at least 3 are needed; give the run more --steps, or more time")
+        raise SystemExit(f"{len(steps)} steps were timed, at least 3 are needed; give the run more --steps")
     pairs = list(pairwise(steps))
 
     def median(values: list[int]) -> float:

@@ -16,7 +16,10 @@ def tokenizer(tiny: TinyWorld) -> Tokenizer:
     return Tokenizer(tiny.model)
 
 
-@given(prompt=st.text(max_size=20), text=st.text(st.characters(exclude_characters="�", exclude_categories=("Cs",)), max_size=40))
+@given(
+    prompt=st.text(max_size=20),
+    text=st.text(st.characters(exclude_characters="�", exclude_categories=("Cs",)), max_size=40),
+)
 def test_pieces_concatenate_to_the_whole(tokenizer: Tokenizer, prompt: str, text: str) -> None:
     """The tiny tokenizer has one token per byte, so every character beyond ASCII is split."""
     prompt_ids = tokenizer.encode(prompt, add_special_tokens=False)
