@@ -69,7 +69,7 @@ class StubModel:
 
     def __init__(self, model_dir: Path, tokenizer: Tokenizer, rows: int, step_seconds: float, threads: int) -> None:
         self.group = SingleProcess()
-        self.dtype = torch.float32
+        self.dtype = self.storage = torch.float32
         self.device = CPU
         self.spec = load_spec(model_dir)
         self.forward_ns = 0
