@@ -64,13 +64,23 @@ ADAPTER = st.builds(
     st.lists(F32).map(tuple),
 )
 INFO = st.builds(core.ShardInfo, st.text(), st.text(), U32, U32, st.text(), st.lists(ADAPTER, max_size=3).map(tuple))
+KV_DECISION = st.builds(
+    core.KvDecision,
+    U64,
+    U32,
+    U32,
+    st.sampled_from(core.KvFormat),
+    st.integers(0, 100),
+    st.sampled_from(core.KvScorer),
+    U32,
+)
 USAGE = st.builds(core.KvUsage, st.sampled_from(core.KvFormat), U64, U64)
 STATE = st.builds(core.ShardState, U32, U32, st.lists(USAGE, max_size=3).map(tuple), U64, U64)
 UPDATE = st.builds(
     core.SteeringUpdate,
     U64,
     st.lists(st.builds(core.ChunkDecision, U64, U32, st.none() | U32, F32, U32), max_size=4).map(tuple),
-    st.lists(st.builds(core.KvDecision, U64, U32, U32, st.sampled_from(core.KvFormat)), max_size=4).map(tuple),
+    st.lists(KV_DECISION, max_size=4).map(tuple),
     st.lists(U64, max_size=4).map(tuple),
 )
 SIGNALS = st.builds(

@@ -59,6 +59,18 @@ class KvFormat(IntEnum):
 
     FULL = 0
     INT8 = 1
+    INT4 = 2
+
+
+class KvScorer(IntEnum):
+    """How the tokens of a chunk are ranked when only some are kept; the numbers are steering.v1's.
+
+    None needs attention weights. ``KEY_NORM`` keeps keys of small norm, which draw most attention (arXiv 2406.11430);
+    ``KEY_DIVERSITY`` keeps keys least like the mean key (KeyDiff, arXiv 2504.15364).
+    """
+
+    KEY_NORM = 0
+    KEY_DIVERSITY = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,13 +224,21 @@ class ChunkDecision:
 
 @dataclass(frozen=True, slots=True)
 class KvDecision:
-    """From now on the pages of the closed chunk ``[start, end)`` are stored in ``format``; a page shared with other
-    tokens waits for their decision."""
+    """The KV policy of the chunk ``[start, end)``: its whole pages are stored in ``format``, and ``drop_percent`` of
+    them are given back, those tokens kept that ``scorer`` ranks highest (100: none). A page shared with other tokens
+    waits for their decision.
+
+    It takes effect exactly when the positions before ``effective`` are computed, and the step that computes
+    ``effective`` sees the result, however the prompt is cut into steps; 0 means before the next step.
+    """
 
     request_id: int
     start: int
     end: int
     format: KvFormat
+    drop_percent: int = 0
+    scorer: KvScorer = KvScorer.KEY_NORM
+    effective: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from chunkwise import core
 from chunkwise.pb import generate_pb2 as pb
 from chunkwise.pb import steering_pb2 as steer_pb
 
-_KV_NAMES = {core.KvFormat.FULL: "full", core.KvFormat.INT8: "int8"}
+_KV_NAMES = {core.KvFormat.FULL: "full", core.KvFormat.INT8: "int8", core.KvFormat.INT4: "int4"}
 _KV_FORMATS = {name: kind for kind, name in _KV_NAMES.items()}
 _GRAMMAR_TYPES: dict[Literal["regex", "json"], pb.GrammarType.ValueType] = {
     "json": pb.GRAMMAR_TYPE_JSON,
@@ -310,7 +310,13 @@ def update_to_pb(update: core.SteeringUpdate) -> steer_pb.SteeringUpdate:
         ],
         kv=[
             steer_pb.KvDecision(
-                request_id=k.request_id, start=k.start, end=k.end, format=steer_pb.KvFormat.ValueType(k.format)
+                request_id=k.request_id,
+                start=k.start,
+                end=k.end,
+                format=steer_pb.KvFormat.ValueType(k.format),
+                drop_percent=k.drop_percent,
+                scorer=steer_pb.KvScorer.ValueType(k.scorer),
+                effective=k.effective,
             )
             for k in update.kv
         ],
@@ -319,8 +325,8 @@ def update_to_pb(update: core.SteeringUpdate) -> steer_pb.SteeringUpdate:
 
 
 def update_from_pb(update: steer_pb.SteeringUpdate) -> core.SteeringUpdate:
-    """The inverse of `update_to_pb`; a KV format this build does not know reads as full."""
-    known = {int(kind) for kind in core.KvFormat}
+    """The inverse of `update_to_pb`; a KV format or scorer this build does not know reads as the zero value."""
+    formats, scorers = set(map(int, core.KvFormat)), set(map(int, core.KvScorer))
     return core.SteeringUpdate(
         seq=update.seq,
         chunks=tuple(
@@ -335,7 +341,13 @@ def update_from_pb(update: steer_pb.SteeringUpdate) -> core.SteeringUpdate:
         ),
         kv=tuple(
             core.KvDecision(
-                k.request_id, k.start, k.end, core.KvFormat(k.format) if int(k.format) in known else core.KvFormat.FULL
+                k.request_id,
+                k.start,
+                k.end,
+                core.KvFormat(k.format if int(k.format) in formats else 0),
+                k.drop_percent,
+                core.KvScorer(k.scorer if int(k.scorer) in scorers else 0),
+                k.effective,
             )
             for k in update.kv
         ),

@@ -38,6 +38,8 @@ class _KvFormatEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumT
     """KV_FORMAT_UNSPECIFIED keeps the model's data type."""
     KV_FORMAT_INT8: _KvFormat.ValueType  # 1
     """KV_FORMAT_INT8 stores 8-bit integers: keys with one scale per channel and page, values with one per token."""
+    KV_FORMAT_INT4: _KvFormat.ValueType  # 2
+    """KV_FORMAT_INT4 stores 4-bit integers, two to a byte, with the same scales as KV_FORMAT_INT8."""
 
 class KvFormat(_KvFormat, metaclass=_KvFormatEnumTypeWrapper):
     """KvFormat is how the keys and values of a page are stored."""
@@ -46,7 +48,29 @@ KV_FORMAT_UNSPECIFIED: KvFormat.ValueType  # 0
 """KV_FORMAT_UNSPECIFIED keeps the model's data type."""
 KV_FORMAT_INT8: KvFormat.ValueType  # 1
 """KV_FORMAT_INT8 stores 8-bit integers: keys with one scale per channel and page, values with one per token."""
+KV_FORMAT_INT4: KvFormat.ValueType  # 2
+"""KV_FORMAT_INT4 stores 4-bit integers, two to a byte, with the same scales as KV_FORMAT_INT8."""
 Global___KvFormat: typing_extensions.TypeAlias = KvFormat
+
+class _KvScorer:
+    ValueType = typing.NewType("ValueType", builtins.int)
+    V: typing_extensions.TypeAlias = ValueType
+
+class _KvScorerEnumTypeWrapper(google.protobuf.internal.enum_type_wrapper._EnumTypeWrapper[_KvScorer.ValueType], builtins.type):
+    DESCRIPTOR: google.protobuf.descriptor.EnumDescriptor
+    KV_SCORER_UNSPECIFIED: _KvScorer.ValueType  # 0
+    """KV_SCORER_UNSPECIFIED keeps keys of small norm."""
+    KV_SCORER_KEY_DIVERSITY: _KvScorer.ValueType  # 1
+    """KV_SCORER_KEY_DIVERSITY keeps keys that are least like the mean key of the chunk."""
+
+class KvScorer(_KvScorer, metaclass=_KvScorerEnumTypeWrapper):
+    """KvScorer ranks the tokens of a chunk of which only some are kept. None of them needs attention weights."""
+
+KV_SCORER_UNSPECIFIED: KvScorer.ValueType  # 0
+"""KV_SCORER_UNSPECIFIED keeps keys of small norm."""
+KV_SCORER_KEY_DIVERSITY: KvScorer.ValueType  # 1
+"""KV_SCORER_KEY_DIVERSITY keeps keys that are least like the mean key of the chunk."""
+Global___KvScorer: typing_extensions.TypeAlias = KvScorer
 
 @typing.final
 class SteeringUpdate(google.protobuf.message.Message):
@@ -127,8 +151,8 @@ Global___ChunkDecision: typing_extensions.TypeAlias = ChunkDecision
 
 @typing.final
 class KvDecision(google.protobuf.message.Message):
-    """KvDecision sets the KV policy of a closed chunk. It takes effect at its barrier: the router sends it once the chunk has
-    left the protected recent window, and the shard then rewrites every page of which all tokens may be rewritten.
+    """KvDecision sets the KV policy of a chunk. The chunks of a prompt may be decided before the prompt is computed: the
+    decision waits for its effective position. The shard rewrites every page of which all tokens may be rewritten.
     """
 
     DESCRIPTOR: google.protobuf.descriptor.Descriptor
@@ -137,6 +161,9 @@ class KvDecision(google.protobuf.message.Message):
     START_FIELD_NUMBER: builtins.int
     END_FIELD_NUMBER: builtins.int
     FORMAT_FIELD_NUMBER: builtins.int
+    DROP_PERCENT_FIELD_NUMBER: builtins.int
+    SCORER_FIELD_NUMBER: builtins.int
+    EFFECTIVE_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """request_id: as in ChunkDecision."""
     start: builtins.int
@@ -145,6 +172,16 @@ class KvDecision(google.protobuf.message.Message):
     """end is one past the last token position of the chunk."""
     format: Global___KvFormat.ValueType
     """format is what the chunk's pages are to become."""
+    drop_percent: builtins.int
+    """drop_percent, 0 to 100, is the share of the chunk's whole pages that is given back; the tokens kept are packed into
+    the others and keep their positions. 0: all tokens are kept. 100: none is.
+    """
+    scorer: Global___KvScorer.ValueType
+    """scorer chooses the tokens that are kept, if not all are."""
+    effective: builtins.int
+    """effective is the position before whose computation the pages are rewritten, exactly then: no step computes positions
+    on both sides of it. 0: before the next step.
+    """
     def __init__(
         self,
         *,
@@ -152,8 +189,11 @@ class KvDecision(google.protobuf.message.Message):
         start: builtins.int = ...,
         end: builtins.int = ...,
         format: Global___KvFormat.ValueType = ...,
+        drop_percent: builtins.int = ...,
+        scorer: Global___KvScorer.ValueType = ...,
+        effective: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["end", b"end", "format", b"format", "request_id", b"request_id", "start", b"start"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["drop_percent", b"drop_percent", "effective", b"effective", "end", b"end", "format", b"format", "request_id", b"request_id", "scorer", b"scorer", "start", b"start"]) -> None: ...
 
 Global___KvDecision: typing_extensions.TypeAlias = KvDecision
 
