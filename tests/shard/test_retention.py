@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from chunkwise.core import KvDecision, KvFormat, KvScorer, SteeringViolation
+from chunkwise.core import KvDecision, KvFormat, SteeringViolation
 from chunkwise.shard.retention import Retention, kept_pages
 
 SIZE = 16
 INT8, INT4, FULL = KvFormat.INT8, KvFormat.INT4, KvFormat.FULL
 
 
-def _decision(
-    start: int, end: int, format: KvFormat = INT8, drop: int = 0, effective: int = 0, scorer: KvScorer = KvScorer(0)
-) -> KvDecision:
-    return KvDecision(1, start, end, format, drop, scorer, effective)
+def _decision(start: int, end: int, format: KvFormat = INT8, drop: int = 0, effective: int = 0) -> KvDecision:
+    return KvDecision(1, start, end, format, drop, effective=effective)
 
 
 def _apply(retention: Retention, decision: KvDecision, pages: int, computed: int = 1000) -> list[int]:
