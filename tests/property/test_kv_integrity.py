@@ -1,5 +1,5 @@
-"""Ten thousand random calls on an engine that is short of memory: after each, every page has the holders it should have,
-and holds what it should hold."""
+"""Ten thousand random calls on an engine that is short of memory: after each, every page has the holders it should
+have, and holds what it should hold."""
 
 from __future__ import annotations
 
