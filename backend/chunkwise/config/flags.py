@@ -57,7 +57,7 @@ def _model_flags(flags: _Flags) -> None:
     flags.value(
         "--dtype", "data type of weights and KV cache; default float32 on CPU, the checkpoint's on GPU", choices=_DTYPES
     )
-    flags.value("--quantize", "int8: keep the base matrices in 8 bits; on CPU, which then computes in float32")
+    flags.value("--quantize", "int8 or int4: base matrices in 8 or 4 bits; on CPU, which then computes in float32")
     flags.value(
         "--lora-adapters", "adapters to serve: name=path, name=path@revision, hub/id or hub/id@revision, by comma"
     )
