@@ -164,6 +164,7 @@ def load_evaluator(choice: EngineChoice) -> Evaluator:
         model_id=choice.model_id,
         urls=(),
         dtype=choice.dtype,
+        quantize=choice.quantize,
         adapters=(choice.adapter,) if choice.adapter is not None else (),
         max_batch_total_tokens=choice.batch_tokens,
         prefix_caching=False,

@@ -64,6 +64,7 @@ def run_header(
         "seed": selection.seed,
         "model": model_hash(model_dir),
         "dtype": dtype,
+        "quantize": engine.quantize,
         "adapter": ladder_identity(adapter) if adapter is not None and mode.adapter is not None else None,
         "mode": mode.name,
         "policy": asdict(mode.policy) if mode.policy is not None else None,

@@ -93,7 +93,7 @@ class Engine:
         return self._model.group
 
     def info(self) -> ShardInfo:
-        """What a router must know before Warmup; the type is that of the weights, unless they are in 8 bits."""
+        """What a router must know before Warmup; the type is that of the weights, unless they are in 8 or 4 bits."""
         stored = self._model.storage
         return ShardInfo(
             dtype=str(stored if stored.is_floating_point else self._model.dtype).removeprefix("torch."),
