@@ -61,6 +61,9 @@ def _model_flags(flags: _Flags) -> None:
     flags.value(
         "--lora-adapters", "adapters to serve: name=path, name=path@revision, hub/id or hub/id@revision, by comma"
     )
+    flags.value(
+        "--max-active-adapters", "adapters kept in memory, others are read when asked for; default: all", kind=int
+    )
     flags.value("--max-batch-total-tokens", "tokens the KV cache holds; default from the free memory", kind=int)
     flags.switch("--enable-prefill-logprobs", "answer requests for prompt logprobs; without it they are ignored")
     flags.switch("--disable-prefix-caching", "compute every prompt anew instead of reusing what earlier ones share")

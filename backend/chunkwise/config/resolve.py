@@ -58,7 +58,7 @@ def _check_model(args: argparse.Namespace) -> None:
         )
     if args.quantize and args.dtype not in (None, "float32"):
         raise InvalidFlags(f"--quantize {args.quantize} computes in float32, not in {args.dtype}; leave --dtype out")
-    for name in ("max_batch_total_tokens", "threads"):
+    for name in ("max_active_adapters", "max_batch_total_tokens", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InvalidFlags(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -144,6 +144,7 @@ def shard_settings(args: argparse.Namespace) -> ShardSettings:
         parallel=ParallelSettings(args.rank, args.world_size, args.master_addr, args.master_port),
         dtype=args.dtype,
         quantize=args.quantize or None,
+        adapter_slots=args.max_active_adapters,
         adapters=parse_lora_adapters(args.lora_adapters or ""),
         max_batch_total_tokens=args.max_batch_total_tokens,
         prefix_caching=not args.disable_prefix_caching,

@@ -108,7 +108,8 @@ class ShardSettings:
     """Everything a shard process needs.
 
     ``urls`` lists the listening address of every shard, by rank ("unix://path" or "host:port"). ``quantize`` keeps the
-    base matrices in 8 or 4 bits. ``max_batch_total_tokens`` sizes the KV cache (None: from the memory that is free at
+    base matrices in 8 or 4 bits. ``adapter_slots`` is how many adapters stay in memory
+    (None: all). ``max_batch_total_tokens`` sizes the KV cache (None: from the memory that is free at
     Warmup).
     """
 
@@ -119,6 +120,7 @@ class ShardSettings:
     dtype: str | None = None
     quantize: Quantize | None = None
     adapters: tuple[AdapterSource, ...] = ()
+    adapter_slots: int | None = None
     max_batch_total_tokens: int | None = None
     prefix_caching: bool = True
     prefill_logprobs: bool = False

@@ -79,7 +79,8 @@ class Engine:
         self._adapters = adapters
         self._decisions = decisions
         self._settings = settings
-        self._admission = Admission(tokenizer, adapters, model.spec.vocab, grammars, settings.watermark)
+        agree = self._agree if adapters.evicts else bool
+        self._admission = Admission(tokenizer, adapters, model.spec.vocab, grammars, settings.watermark, agree)
         self._eos_id = min(tokenizer.eos_ids, default=0)
         self._batches: dict[int, list[Sequence]] = {}
         self._live = 0
@@ -294,6 +295,9 @@ class Engine:
                 self._release([sequence])
             if errors:
                 raise GenerationFailed(f"warm-up failed: {errors[0].message}")
+
+    def _agree(self, fine: bool) -> bool:
+        return self._model.group.minimum(int(fine)) == 1
 
     def _describe(self, batch_id: int, sequences: SequenceOf[Sequence]) -> CachedBatch:
         return CachedBatch(

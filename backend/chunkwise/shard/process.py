@@ -112,7 +112,7 @@ def load_engine(settings: ShardSettings, group: Group, device: torch.device, dec
         watermark=Watermark(settings.watermark.gamma, settings.watermark.delta),
     )
     grammars = GrammarCompiler(model_dir, tokenizer.eos_ids)
-    adapters = load_adapters(settings.adapters, model, model_dir)
+    adapters = load_adapters(settings.adapters, model, model_dir, settings.adapter_slots)
     return Engine(model, tokenizer, adapters, decisions, grammars, engine_settings)
 
 
