@@ -23,14 +23,14 @@ INTS = ir.VectorType(I32, LANES)
 BYTES = ir.VectorType(I8, 2 * LANES)
 SHORTS = ir.VectorType(I16, 2 * LANES)
 HALVES = ir.VectorType(I16, LANES)
-PAIRS = ir.VectorType(I8, LANES)
+QUARTERS = ir.VectorType(I8, LANES)
 
 _SUFFIX = {
     FLOATS: f"v{LANES}f32",
     BYTES: f"v{2 * LANES}i8",
     SHORTS: f"v{2 * LANES}i16",
     HALVES: f"v{LANES}i16",
-    PAIRS: f"v{LANES}i8",
+    QUARTERS: f"v{LANES}i8",
 }
 
 
@@ -105,7 +105,7 @@ def widen(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
 
 
 def unpack(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    """Two numbers of 4 bits per byte, as `PAIRS`, to `SHORTS` less 8: the low bits of a byte come first."""
+    """Two numbers of 4 bits per byte, as `QUARTERS`, to `SHORTS` less 8: the low bits of a byte come first."""
     wide = b.zext(value, INTS)
     both = b.and_(b.or_(wide, b.shl(wide, splat(INTS, 12))), splat(INTS, 0x000F000F))
     return b.sub(b.bitcast(both, SHORTS), splat(SHORTS, 8))
