@@ -19,7 +19,7 @@ def test_a_fixed_rung_is_chosen_at_every_complexity(rung: int) -> None:
     selector = RankSelector(mode.policy.rank, ADAPTER)
     assert {selector.select(complexity).rung for complexity in (0.0, 0.3, 0.5, 0.99)} == {rung}
     assert {selector.select(complexity).scale for complexity in (0.0, 0.5, 0.99)} == {1.0}
-    assert (mode.policy.rank.crossfade, mode.policy.kv.easy_format) == (0, "full")
+    assert (mode.policy.rank.crossfade, mode.policy.kv.kind) == (0, "full")
 
 
 def test_modes_by_name(tmp_path: Path) -> None:

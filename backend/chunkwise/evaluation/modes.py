@@ -36,7 +36,7 @@ def fixed_rung(rung: int, adapter: AdapterInfo) -> SteeringMode:
         raise InvalidMode(f"adapter {adapter.adapter_id!r} has no rung {rung}; its rungs are {adapter.rungs}")
     # Below a complexity of 1, which the estimator never reaches, the adapter is skipped.
     rank = RankPolicy(min_rank=max(rung, 1), max_rank=max(rung, 1), skip_below=1.0 if rung == 0 else 0.0, crossfade=0)
-    return SteeringMode(f"rung={rung}", adapter.adapter_id, SteeringPolicy(rank=rank, kv=KvPolicy(easy_format="full")))
+    return SteeringMode(f"rung={rung}", adapter.adapter_id, SteeringPolicy(rank=rank, kv=KvPolicy(kind="full")))
 
 
 def parse_mode(text: str, adapter: AdapterInfo | None) -> SteeringMode:

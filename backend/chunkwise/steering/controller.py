@@ -32,7 +32,8 @@ class SteeringController:
         return self._seq
 
     def admit(self, request_id: int, prompt_ids: Sequence[int], adapter: AdapterInfo | None) -> None:
-        """Plans the prompt of a new request. Without an adapter its chunks steer the KV cache alone.
+        """Plans the prompt of a new request. Without an adapter its chunks steer the KV cache alone. Beside requests
+        that are compressed because memory is short, it is compressed from the start.
 
         Raises:
             ValueError: the id is live already, the prompt is empty, or the adapter's rungs are malformed.
@@ -40,7 +41,8 @@ class SteeringController:
         if request_id in self._sequences:
             raise ValueError(f"request {request_id} is already steered; ids are used once")
         selector = RankSelector(self._policy.rank, adapter) if adapter is not None else None
-        sequence = SteeredSequence(request_id, prompt_ids, self._policy, selector)
+        short = any(sequence.compressed for sequence in self._sequences.values())
+        sequence = SteeredSequence(request_id, prompt_ids, self._policy, selector, compressed=short)
         self._sequences[request_id] = sequence
         self._chunks.extend(sequence.decisions())
 
@@ -61,6 +63,15 @@ class SteeringController:
             decision = sequence.observe(of_sequence)
             if decision is not None:
                 self._chunks.append(decision)
+
+    def compress_next(self) -> bool:
+        """Memory is short: has the oldest request compressed that is not yet; False if all are, or none can be. To be
+        called between steps, when every token generated so far has been given."""
+        oldest = next((sequence for sequence in self._sequences.values() if not sequence.compressed), None)
+        if oldest is None or self._policy.kv.kind == "full":
+            return False
+        oldest.compress()
+        return True
 
     def report(self, request_id: int, length: int) -> SteeringReport:
         """What steering did to the first ``length`` positions of a request. Raises ValueError if it is not live."""
