@@ -266,13 +266,13 @@ def dot_tile_int4(weight_rows: int, rows: int) -> Kernel:
                     new.append(fma(b, products, scale, sums[i * rows + j]))
             return new
 
-        sums = _along(b, k, 2 * LANES, [splat(FLOATS, 0.0)] * (weight_rows * rows), step)
+        sums = along(b, k, 2 * LANES, [splat(FLOATS, 0.0)] * (weight_rows * rows), step)
         x_scales = pointer(b, x_row_scale, F32)
         for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
             x_scale = b.load(b.gep(x_scales, [I64(j)]))
             _store_totals(b, [sums[i * rows + j] for i in range(weight_rows)], row, [x_scale] * weight_rows)
 
-    return _function(f"dot_int4_{weight_rows}_{rows}", 10, body)
+    return function(f"dot_int4_{weight_rows}_{rows}", 10, body)
 
 
 def largest_activation(k: int) -> int:
