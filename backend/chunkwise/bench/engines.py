@@ -26,10 +26,11 @@ _GGUF_OF_QUANTIZE = {"int8": "Q8_0", "int4": "Q4_0"}
 # Rank moves between 8 and 16 with the text, so its mean lies near 12; the cache stays full, to measure rank alone.
 STEERED_POLICY = """\
 [rank]
+source = "complexity"
 min_rank = 5
 max_rank = 16
 [kv]
-easy_format = "full"
+kind = "full"
 """
 
 

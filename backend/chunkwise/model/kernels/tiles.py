@@ -272,7 +272,7 @@ def dot_tile_int4(weight_rows: int, rows: int) -> Kernel:
             x_scale = b.load(b.gep(x_scales, [I64(j)]))
             _store_totals(b, [sums[i * rows + j] for i in range(weight_rows)], row, [x_scale] * weight_rows)
 
-    return function(f"dot_int4_{weight_rows}_{rows}", 10, body)
+    return tile(f"dot_int4_{weight_rows}_{rows}", 10, body)
 
 
 def largest_activation(k: int) -> int:
