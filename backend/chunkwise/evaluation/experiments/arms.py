@@ -1,0 +1,85 @@
+"""Ladders and policies that experiments compare: four ladders of an adapter, a fixed rung of any mean rank, and the
+policy whose parts are varied."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from chunkwise.config.policy import ChunkerPolicy, KvPolicy, RankPolicy, SteeringPolicy, load_policy
+from chunkwise.evaluation.trace import weighted_ranks
+from chunkwise_adapters.format import LoraWeights
+from chunkwise_adapters.ladder import Allocation, RankLadder, assemble_ladder, build_ladder
+
+SERVED = "plain+global"
+"""The ladder that policies run on, as served without a ladder file."""
+BOUNDARY_TOKENS = 16
+"""How far behind a change of rank a token counts as one at a boundary; also the longest cross-fade that is tried."""
+
+
+def four_ladders(weights: LoraWeights, rungs: Sequence[float], whitened: RankLadder) -> dict[str, RankLadder]:
+    """The ladders by kind and allocation, named so. Uniform ones have the whole rungs alone."""
+    plain = plain_ladder(weights, rungs)
+    whole = [rung for rung in rungs if float(rung).is_integer()]
+    return {
+        "plain": _ladder(weights, plain, whole, "uniform", "plain"),
+        SERVED: plain,
+        "whitened": _ladder(weights, whitened, whole, "uniform", "whitened"),
+        "whitened+global": _ladder(weights, whitened, rungs, "global", "whitened+global"),
+    }
+
+
+def matched_ladder(weights: LoraWeights, ladder: RankLadder, rank: float) -> RankLadder:
+    """``ladder``'s factors with one rung beside full rank: the global budget whose cost comes nearest to a mean active
+    rank, so that a fixed rung can be compared with steering at equal cost."""
+    modules = len(ladder.modules)
+
+    def at(total: int) -> RankLadder:
+        budget = total / modules
+        return _ladder(weights, ladder, [budget], "global", f"fixed {budget:.4g}")
+
+    low, high = 0, sum(len(module.singular_values) for module in ladder.modules.values())
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if executed_ranks(at(middle))[0] <= rank else (low, middle)
+    return min((at(low), at(high)), key=lambda one: abs(executed_ranks(one)[0] - rank))
+
+
+def executed_ranks(ladder: RankLadder) -> tuple[float, ...]:
+    """Per rung, the mean active rank that a trace shows for it: modules weighted by their size."""
+    sizes = [module.a.shape[1] + module.b_t.shape[1] for module in ladder.modules.values()]
+    return weighted_ranks(sizes, [ladder.active_ranks[key] for key in ladder.modules])
+
+
+def factor_bytes(ladder: RankLadder) -> tuple[int, ...]:
+    """Per rung, what the factors cut at it take in fp32."""
+    sizes = [module.a.shape[1] + module.b_t.shape[1] for module in ladder.modules.values()]
+    ranks = [ladder.active_ranks[key] for key in ladder.modules]
+    return tuple(
+        4 * sum(size * rank[i] for size, rank in zip(sizes, ranks, strict=True)) for i in range(len(ladder.rungs))
+    )
+
+
+def varied_policy(files: Sequence[str]) -> SteeringPolicy:
+    """The policy that ablation and cross-fade vary: the given one, or ranks from 1 to 4 by complexity, where the
+    quality of adapters changes, with an uncompressed KV cache. Raises InvalidPolicy."""
+    if files:
+        return load_policy(Path(files[0]))
+    return SteeringPolicy(
+        chunker=ChunkerPolicy(min_length=BOUNDARY_TOKENS),
+        rank=RankPolicy(min_rank=1, max_rank=4, crossfade=0),
+        kv=KvPolicy(easy_format="full"),
+    )
+
+
+def plain_ladder(weights: LoraWeights, rungs: Sequence[float] | None = None) -> RankLadder:
+    """The ladder that policies run on, with the default rungs or the given ones."""
+    return replace(build_ladder(weights, rungs, "global"), name=f"{weights.name} {SERVED}")
+
+
+def _ladder(
+    weights: LoraWeights, factors: RankLadder, rungs: Sequence[float], allocation: Allocation, kind: str
+) -> RankLadder:
+    ladder = assemble_ladder(weights, factors.modules, rungs, allocation, factors.calibration)
+    return replace(ladder, name=f"{weights.name} {kind}")
