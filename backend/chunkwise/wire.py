@@ -257,7 +257,7 @@ def info_from_pb(info: pb.InfoResponse) -> core.ShardInfo:
                 a.adapter_id,
                 a.content_hash,
                 a.trained_rank,
-                tuple(a.rungs),
+                tuple(map(core.rank_budget, a.rungs)),
                 tuple(a.kept_energy),
                 tuple(a.mean_active_rank),
             )
@@ -333,7 +333,7 @@ def update_from_pb(update: steer_pb.SteeringUpdate) -> core.SteeringUpdate:
             core.ChunkDecision(
                 c.request_id,
                 c.start,
-                rung=c.rung if c.HasField("rung") else None,
+                rung=core.rank_budget(c.rung) if c.HasField("rung") else None,
                 scale=c.scale if c.HasField("scale") else 1.0,
                 crossfade=c.crossfade,
             )

@@ -51,7 +51,7 @@ def save(tiny: TinyWorld, adapter: Path) -> Callable[..., None]:
 
 
 def test_without_a_ladder_the_plain_one_is_served(tiny: TinyWorld, adapter: Path) -> None:
-    assert load(tiny, adapter).rungs == (0, 1, 2, 4, 8)
+    assert load(tiny, adapter).rungs == (0, 0.25, 0.5, 1, 2, 4, 8)
 
 
 def test_a_saved_ladder_is_served_under_any_name(tiny: TinyWorld, adapter: Path, save: Callable[..., None]) -> None:

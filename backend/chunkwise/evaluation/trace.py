@@ -23,7 +23,7 @@ class ExecutedChunk(NamedTuple):
     """A `core.ChunkDecision` that took effect; fields as there."""
 
     start: int
-    rung: int | None
+    rung: float | None
     scale: float
     crossfade: int
 

@@ -240,19 +240,15 @@ class AdapterInfo(google.protobuf.message.Message):
     ADAPTER_ID_FIELD_NUMBER: builtins.int
     CONTENT_HASH_FIELD_NUMBER: builtins.int
     TRAINED_RANK_FIELD_NUMBER: builtins.int
-    RUNGS_FIELD_NUMBER: builtins.int
     KEPT_ENERGY_FIELD_NUMBER: builtins.int
     MEAN_ACTIVE_RANK_FIELD_NUMBER: builtins.int
+    RUNGS_FIELD_NUMBER: builtins.int
     adapter_id: builtins.str
     """adapter_id is the name by which requests ask for the adapter."""
     content_hash: builtins.str
     """content_hash identifies the adapter's weights and configuration (SHA-256, hex)."""
     trained_rank: builtins.int
     """trained_rank is the largest rank the adapter was trained with."""
-    @property
-    def rungs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """rungs are the ladder's rank budgets per module, ascending; the last is the full adapter. 0 means "skip the adapter"."""
-
     @property
     def kept_energy(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """kept_energy is, per rung, the share of the adapter's squared singular values kept at that rung, in [0, 1]."""
@@ -261,15 +257,21 @@ class AdapterInfo(google.protobuf.message.Message):
     def mean_active_rank(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """mean_active_rank is, per rung, the rank averaged over the adapter's modules."""
 
+    @property
+    def rungs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """rungs are the ladder's rank budgets per module, ascending; the last is the full adapter. 0 means "skip the adapter";
+        a fraction is a budget for all modules together: 0.25 gives a rank to every fourth.
+        """
+
     def __init__(
         self,
         *,
         adapter_id: builtins.str = ...,
         content_hash: builtins.str = ...,
         trained_rank: builtins.int = ...,
-        rungs: collections.abc.Iterable[builtins.int] | None = ...,
         kept_energy: collections.abc.Iterable[builtins.float] | None = ...,
         mean_active_rank: collections.abc.Iterable[builtins.float] | None = ...,
+        rungs: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
     def ClearField(self, field_name: typing.Literal["adapter_id", b"adapter_id", "content_hash", b"content_hash", "kept_energy", b"kept_energy", "mean_active_rank", b"mean_active_rank", "rungs", b"rungs", "trained_rank", b"trained_rank"]) -> None: ...
 

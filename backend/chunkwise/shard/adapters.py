@@ -16,7 +16,7 @@ from chunkwise.model.parallel import Group
 from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.format import load_adapter
 from chunkwise_adapters.ladder import RankLadder, build_ladder
-from chunkwise_adapters.ladder_file import find_ladder, ladder_digest, load_ladder
+from chunkwise_adapters.ladder_file import find_ladder, ladder_digest, load_ladder, ranks_digest
 from chunkwise_adapters.store import AdapterStore
 
 logger = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 def load_adapters(sources: Sequence[AdapterSource], model: Llama, model_dir: Path) -> AdapterStore:
     """The adapters of a model read from ``model_dir``, each with the ladder saved in its directory; where there is
-    none, with the plain one, its ranks uniform.
+    none, with the plain one and global allocation, which no other ladder beat at any rank on real adapters.
 
     Raises:
         UnsupportedModel: an adapter or its ladder cannot be served, or the ranks found different ladders.
@@ -36,7 +36,11 @@ def load_adapters(sources: Sequence[AdapterSource], model: Llama, model_dir: Pat
         try:
             weights = load_adapter(directory, source.name, model.spec.target_shapes())
             file = find_ladder(directory, source.name)
-            ladder = build_ladder(weights) if file is None else load_ladder(file, weights, base_hash(model_dir))
+            ladder = (
+                build_ladder(weights, allocation="global")
+                if file is None
+                else load_ladder(file, weights, base_hash(model_dir))
+            )
         except AdapterError as error:
             raise UnsupportedModel(f"adapter {source.name!r} cannot be served: {error}") from error
         _check_same(ladder, file, model.group)
@@ -56,10 +60,11 @@ def load_adapters(sources: Sequence[AdapterSource], model: Llama, model_dir: Pat
 
 def _check_same(ladder: RankLadder, file: Path | None, group: Group) -> None:
     """All ranks must have read the same ladder, or none: each computes a part of what its factors give, and parts of
-    different factors do not add up to an output."""
+    different factors do not add up to an output. Of ladders that each has computed itself only the ranks are compared:
+    the last digits of their factors may differ between machines."""
     if group.world_size == 1:
         return
-    digest = 0 if file is None else int(ladder_digest(ladder)[:15], 16)
+    digest = int((ranks_digest(ladder) if file is None else ladder_digest(ladder))[:15], 16)
     if group.minimum(digest) != -group.minimum(-digest):
         raise UnsupportedModel(
             f"adapter {ladder.name!r}: the shards found different ladders, rank {group.rank} {file or 'none'}; "

@@ -13,7 +13,7 @@ from chunkwise.core import AdapterInfo
 class RankChoice:
     """A rung (None: no adapter), the mean rank over the adapter's modules that it activates, and its output scale."""
 
-    rung: int | None
+    rung: float | None
     active_rank: float
     scale: float
 
