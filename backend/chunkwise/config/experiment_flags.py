@@ -27,8 +27,8 @@ def add_experiments_parser(commands: argparse._SubParsersAction[argparse.Argumen
         action="append",
         required=True,
         metavar=("TASK", "ADAPTER", "DATA"),
-        help="an adapter (directory or Hub id) and what it is for: wikitext FILE, squad JSONL, or translation JSONL; "
-        "may be given several times",
+        help="an adapter (directory, Hub id, or NAME=either; else its name is the directory's) and what it is for: "
+        "wikitext with a text file, squad or translation with JSON lines; may be given several times",
     )
     add("--out", required=True, type=Path, help="folder for tables, plot and runs; what it holds is not run again")
     add("--quick", action="store_true", help="few items and arms: to see that everything works, not to be quoted")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
+from chunkwise.config.adapters import parse_lora_adapters
 from chunkwise.config.eval_settings import EngineChoice
 from chunkwise.config.flags import InvalidFlags
+from chunkwise.config.settings import AdapterSource
 
 ExperimentName = Literal["ablation", "crossfade", "ranks", "kv"]
 SubjectTask = Literal["wikitext", "squad", "translation"]
@@ -18,10 +20,10 @@ _CALIBRATION_TOKENS, _QUICK_CALIBRATION_TOKENS = 4096, 1024
 
 @dataclass(frozen=True, slots=True)
 class SubjectChoice:
-    """An adapter (directory or Hub id), the task it was trained for, and the task's data."""
+    """An adapter, the task it was trained for, and the task's data."""
 
     task: SubjectTask
-    adapter: str
+    adapter: AdapterSource
     data: Path
 
 
@@ -45,7 +47,7 @@ class ExperimentSettings:
 
 
 def experiment_settings(args: argparse.Namespace) -> ExperimentSettings:
-    """Settings of the ``experiments`` command. Raises InvalidFlags."""
+    """Settings of the ``experiments`` command. Raises InvalidFlags, or InvalidAdapters for a malformed adapter."""
     for name in ("items", "calibration_tokens", "threads", "batch_tokens", "step_tokens"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -73,7 +75,13 @@ def experiment_settings(args: argparse.Namespace) -> ExperimentSettings:
 
 
 def _subject(task: str, adapter: str, data: str) -> SubjectChoice:
-    for known in get_args(SubjectTask):
-        if task == known:
-            return SubjectChoice(known, adapter, Path(data))
-    raise InvalidFlags(f"--subject has the task {task!r}; use one of {', '.join(get_args(SubjectTask))}")
+    known: tuple[SubjectTask, ...] = get_args(SubjectTask)
+    if task not in known:
+        raise InvalidFlags(f"--subject has the task {task!r}; use one of {', '.join(known)}")
+    sources = parse_lora_adapters(adapter)
+    if len(sources) != 1:
+        raise InvalidFlags(f"--subject {task} names {len(sources)} adapters in {adapter!r}; name one")
+    source = sources[0]
+    if "=" not in adapter:
+        source = replace(source, name=Path(source.source).expanduser().resolve().name)
+    return SubjectChoice(known[known.index(task)], source, Path(data))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoice
 from chunkwise.config.policy import EstimatorPolicy, SteeringPolicy
 from chunkwise.evaluation.experiments import figures
-from chunkwise.evaluation.experiments.arms import executed_ranks, matched_ladder, plain_ladder, varied_policy
+from chunkwise.evaluation.experiments.arms import executed_ranks, matched_ladder, varied_policy
 from chunkwise.evaluation.experiments.lab import Lab
 from chunkwise.evaluation.experiments.measures import Sizes, likelihood
 from chunkwise.evaluation.experiments.report import Panel, Report, Series
@@ -49,7 +49,7 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
     notes = (
         "Every arm changes which signals make the complexity that chooses the rank; all else is one policy.",
         "Difference: NLL per token less that of the fixed rung of the same executed mean rank, on the same items "
-        "(plain ladder, global ranks); below 0 the signals earn their keep. Brackets: 95 %, bootstrap over items.",
+        "(global ranks); below 0 the signals earn their keep. Brackets: 95 %, bootstrap over items.",
         f"Tokens are decoded one by one as given (seed {settings.seed}, {settings.items or sizes.items} items a task).",
     )
     title = "Signals alone and left out, against a fixed rung of equal cost"
@@ -79,8 +79,8 @@ def _subject(
     lab: Lab, settings: ExperimentSettings, subject: SubjectChoice, sizes: Sizes, policy: SteeringPolicy
 ) -> tuple[list[tuple[Cell, ...]], Panel]:
     weights = lab.weights(subject.adapter)
-    measure = likelihood(subject, sizes, "decode", settings, lab.tokenizer)
-    ladder = plain_ladder(weights)
+    measure = likelihood(subject, sizes, settings, lab.tokenizer, "decode")
+    ladder = lab.served(subject.adapter, weights)
     rows: list[tuple[Cell, ...]] = []
     series: list[Series] = []
     for arm, variant in variants(policy).items():

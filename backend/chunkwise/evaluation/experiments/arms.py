@@ -12,21 +12,20 @@ from chunkwise.evaluation.trace import weighted_ranks
 from chunkwise_adapters.format import LoraWeights
 from chunkwise_adapters.ladder import Allocation, RankLadder, assemble_ladder, build_ladder
 
-SERVED = "plain+global"
-"""The ladder that policies run on, as served without a ladder file."""
+DEFAULT = "plain+global"
+"""What is served without a ladder file."""
 BOUNDARY_TOKENS = 16
 """How far behind a change of rank a token counts as one at a boundary; also the longest cross-fade that is tried."""
 
 
-def four_ladders(weights: LoraWeights, rungs: Sequence[float], whitened: RankLadder) -> dict[str, RankLadder]:
-    """The ladders by kind and allocation, named so. Uniform ones have the whole rungs alone."""
-    plain = plain_ladder(weights, rungs)
-    whole = [rung for rung in rungs if float(rung).is_integer()]
+def four_ladders(weights: LoraWeights, whitened: RankLadder) -> dict[str, RankLadder]:
+    """The ladders by kind and allocation, named so, with their default rungs: uniform ones have no fractions."""
+    plain = build_ladder(weights)
     return {
-        "plain": _ladder(weights, plain, whole, "uniform", "plain"),
-        SERVED: plain,
-        "whitened": _ladder(weights, whitened, whole, "uniform", "whitened"),
-        "whitened+global": _ladder(weights, whitened, rungs, "global", "whitened+global"),
+        "plain": _ladder(weights, plain, None, "uniform", f"{weights.name} plain"),
+        DEFAULT: _ladder(weights, plain, None, "global", f"{weights.name} {DEFAULT}"),
+        "whitened": _ladder(weights, whitened, None, "uniform", f"{weights.name} whitened"),
+        "whitened+global": _ladder(weights, whitened, None, "global", f"{weights.name} whitened+global"),
     }
 
 
@@ -37,7 +36,7 @@ def matched_ladder(weights: LoraWeights, ladder: RankLadder, rank: float) -> Ran
 
     def at(total: int) -> RankLadder:
         budget = total / modules
-        return _ladder(weights, ladder, [budget], "global", f"fixed {budget:.4g}")
+        return _ladder(weights, ladder, [budget], "global", f"{weights.name} fixed {budget:.4g}")
 
     low, high = 0, sum(len(module.singular_values) for module in ladder.modules.values())
     while high - low > 1:
@@ -73,13 +72,8 @@ def varied_policy(files: Sequence[str]) -> SteeringPolicy:
     )
 
 
-def plain_ladder(weights: LoraWeights, rungs: Sequence[float] | None = None) -> RankLadder:
-    """The ladder that policies run on, with the default rungs or the given ones."""
-    return replace(build_ladder(weights, rungs, "global"), name=f"{weights.name} {SERVED}")
-
-
 def _ladder(
-    weights: LoraWeights, factors: RankLadder, rungs: Sequence[float], allocation: Allocation, kind: str
+    weights: LoraWeights, factors: RankLadder, rungs: Sequence[float] | None, allocation: Allocation, name: str
 ) -> RankLadder:
     ladder = assemble_ladder(weights, factors.modules, rungs, allocation, factors.calibration)
-    return replace(ladder, name=f"{weights.name} {kind}")
+    return replace(ladder, name=name)

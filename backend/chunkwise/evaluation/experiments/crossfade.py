@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from chunkwise.config.eval_settings import Scoring
 from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoice
 from chunkwise.config.policy import SteeringPolicy
 from chunkwise.evaluation.bootstrap import Interval, exp_ratio, interval, paired_difference, ratio
 from chunkwise.evaluation.experiments import figures
-from chunkwise.evaluation.experiments.arms import BOUNDARY_TOKENS, plain_ladder, varied_policy
+from chunkwise.evaluation.experiments.arms import BOUNDARY_TOKENS, varied_policy
 from chunkwise.evaluation.experiments.lab import Lab
 from chunkwise.evaluation.experiments.measures import Sizes, likelihood
 from chunkwise.evaluation.experiments.report import Panel, Report, Series
@@ -84,9 +83,8 @@ def _subject(
     lab: Lab, settings: ExperimentSettings, subject: SubjectChoice, sizes: Sizes, policy: SteeringPolicy
 ) -> tuple[list[tuple[Cell, ...]], Panel]:
     weights = lab.weights(subject.adapter)
-    scoring: Scoring = "prompt" if subject.task == "wikitext" else "decode"
-    measure = likelihood(subject, sizes, scoring, settings, lab.tokenizer)
-    ladder = plain_ladder(weights)
+    measure = likelihood(subject, sizes, settings, lab.tokenizer)
+    ladder = lab.served(subject.adapter, weights)
     runs: dict[int, Sequence[Record]] = {}
     with lab.resident(ladder):
         for window in WINDOWS:

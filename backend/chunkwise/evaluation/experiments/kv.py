@@ -10,7 +10,6 @@ from typing import get_args, get_type_hints
 from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoice
 from chunkwise.config.policy import KvPolicy, RankPolicy, SteeringPolicy, load_policy
 from chunkwise.evaluation.experiments import figures
-from chunkwise.evaluation.experiments.arms import plain_ladder
 from chunkwise.evaluation.experiments.lab import Lab
 from chunkwise.evaluation.experiments.measures import Measure, Reading, Sizes, generation, likelihood
 from chunkwise.evaluation.experiments.report import Panel, Report, Series
@@ -85,8 +84,8 @@ def _subject(
     sizes = _QUICK_SIZES if settings.quick else _SIZES
     measure = generation(subject, sizes, settings, lab.tokenizer)
     if measure is None:
-        measure = likelihood(subject, sizes, "decode", settings, lab.tokenizer)
-    ladder = plain_ladder(weights)
+        measure = likelihood(subject, sizes, settings, lab.tokenizer, "decode")
+    ladder = lab.served(subject.adapter, weights)
     rank = RankPolicy(min_rank=weights.trained_rank, max_rank=weights.trained_rank, crossfade=0)
     with lab.resident(ladder):
         runs = {

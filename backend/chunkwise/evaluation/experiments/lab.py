@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from chunkwise.config.eval_settings import EngineChoice
-from chunkwise.config.settings import ShardSettings
+from chunkwise.config.settings import AdapterSource, ShardSettings
 from chunkwise.core import AdapterInfo, UnsupportedModel
 from chunkwise.evaluation.calibration_text import CalibrationText
 from chunkwise.evaluation.command import run_task
@@ -33,7 +33,7 @@ from chunkwise.tokenizer import Tokenizer
 from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.format import LoraWeights, load_adapter
 from chunkwise_adapters.ladder import RankLadder, build_ladder
-from chunkwise_adapters.ladder_file import load_ladder, save_ladder
+from chunkwise_adapters.ladder_file import find_ladder, load_ladder, save_ladder
 from chunkwise_adapters.store import AdapterStore
 
 _DIGITS = 12
@@ -60,13 +60,24 @@ class Lab:
         self._model_hash = model_hash(self._model_dir)
         self._out = out
 
-    def weights(self, source: str) -> LoraWeights:
-        """An adapter of the model, named after its directory. Raises UnsupportedModel."""
+    def weights(self, source: AdapterSource) -> LoraWeights:
+        """An adapter of the model. Raises UnsupportedModel."""
         try:
-            name = Path(source).expanduser().resolve().name
-            return load_adapter(locate(source, None), name, self._model.spec.target_shapes())
+            directory = locate(source.source, source.revision)
+            return load_adapter(directory, source.name, self._model.spec.target_shapes())
         except AdapterError as error:
-            raise UnsupportedModel(f"adapter {source!r} cannot be served: {error}") from error
+            raise UnsupportedModel(f"adapter {source.name!r} cannot be served: {error}") from error
+
+    def served(self, source: AdapterSource, weights: LoraWeights) -> RankLadder:
+        """The ladder that a server runs the adapter with: the one saved in its directory, or the plain one with global
+        ranks. Raises UnsupportedModel."""
+        try:
+            file = find_ladder(locate(source.source, source.revision), source.name)
+            if file is None:
+                return build_ladder(weights, allocation="global")
+            return load_ladder(file, weights, base_hash(self._model_dir))
+        except AdapterError as error:
+            raise UnsupportedModel(f"adapter {source.name!r} cannot be served: {error}") from error
 
     def whitened(self, weights: LoraWeights, text: CalibrationText) -> RankLadder:
         """The whitened ladder of an adapter fitted to ``text``, kept in a file."""

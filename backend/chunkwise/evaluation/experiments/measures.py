@@ -75,21 +75,24 @@ class ExcerptTask(TextTask):
 
 
 def likelihood(
-    subject: SubjectChoice, sizes: Sizes, scoring: Scoring, settings: ExperimentSettings, tokenizer: Tokenizer
+    subject: SubjectChoice,
+    sizes: Sizes,
+    settings: ExperimentSettings,
+    tokenizer: Tokenizer,
+    scoring: Scoring | None = None,
 ) -> Measure:
-    """NLL per token of text, or of answers to prompts.
+    """NLL per token of text, or of answers to prompts; unless ``scoring`` says otherwise, text is scored as a prompt,
+    and answers are decoded.
 
     Raises:
         InvalidData: the data cannot be read, or holds no items.
     """
-    name: TaskName = "wikitext" if subject.task == "wikitext" else "nll"
-    whole = _eval_settings(name, subject, sizes, scoring, settings)
-    task: Task
     if subject.task == "wikitext":
-        task = ExcerptTask(whole.task, whole.selection, tokenizer, sizes.context)
-    else:
-        task = AnswerTask(whole.task, whole.selection, tokenizer)
-    return Measure("text" if subject.task == "wikitext" else "answers", whole, task, _LIKELIHOOD)
+        whole = _eval_settings("wikitext", subject, sizes, scoring or "prompt", settings)
+        text = ExcerptTask(whole.task, whole.selection, tokenizer, sizes.context)
+        return Measure("text", whole, text, _LIKELIHOOD)
+    whole = _eval_settings("nll", subject, sizes, scoring or "decode", settings)
+    return Measure("answers", whole, AnswerTask(whole.task, whole.selection, tokenizer), _LIKELIHOOD)
 
 
 def generation(

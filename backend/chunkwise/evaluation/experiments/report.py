@@ -36,15 +36,17 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """``notes`` say what was run, one sentence each."""
+    """``notes`` say what was run, one sentence each; ``tables`` go to files, ``shown`` (None: the same) to people."""
 
     notes: Sequence[str]
     tables: Sequence[Table]
     panels: Sequence[Panel]
+    shown: Sequence[Table] | None = None
 
     def markdown(self, name: str) -> str:
         """The report for people."""
-        return "\n\n".join([f"# {name}", "\n".join(self.notes), *(table.markdown() for table in self.tables)]) + "\n"
+        tables = [table.markdown() for table in (self.tables if self.shown is None else self.shown)]
+        return "\n\n".join([f"# {name}", "\n".join(self.notes), *tables]) + "\n"
 
 
 def write_report(report: Report, name: str, out: Path) -> tuple[list[Path], str | None]:

@@ -16,7 +16,7 @@ _DIGITS, _SHOWN_DIGITS = 6, 4
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """``name`` is the file's; a column holds words, numbers, or intervals; None and NaN are empty cells."""
+    """``name`` is the file's, if there is one; a column holds words, numbers or intervals; None and NaN are empty."""
 
     name: str
     title: str
