@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from chunkwise.config.policy import SteeringPolicy
 from chunkwise.core import AdapterInfo, ChunkDecision, SteeringUpdate, StepSignals
+from chunkwise.steering.plans import RankPlan, make_plan
 from chunkwise.steering.ranks import RankSelector
 from chunkwise.steering.report import SteeringReport
 from chunkwise.steering.sequence import SteeredSequence
@@ -21,6 +22,7 @@ class SteeringController:
 
     def __init__(self, policy: SteeringPolicy) -> None:
         self._policy = policy
+        self._plans: dict[AdapterInfo, RankPlan | RankSelector] = {}
         self._sequences: dict[int, SteeredSequence] = {}
         self._chunks: list[ChunkDecision] = []
         self._released: list[int] = []
@@ -36,11 +38,12 @@ class SteeringController:
 
         Raises:
             ValueError: the id is live already, the prompt is empty, or the adapter's rungs are malformed.
+            InvalidPolicy: the policy's section for the adapter was made for other weights.
         """
         if request_id in self._sequences:
             raise ValueError(f"request {request_id} is already steered; ids are used once")
-        selector = RankSelector(self._policy.rank, adapter) if adapter is not None else None
-        sequence = SteeredSequence(request_id, prompt_ids, self._policy, selector)
+        ranks = self._ranks(adapter) if adapter is not None else None
+        sequence = SteeredSequence(request_id, prompt_ids, self._policy, ranks)
         self._sequences[request_id] = sequence
         self._chunks.extend(sequence.decisions())
 
@@ -91,6 +94,12 @@ class SteeringController:
         update = SteeringUpdate(self._seq, tuple(self._chunks), kv, tuple(self._released))
         self._chunks, self._released = [], []
         return update
+
+    def _ranks(self, adapter: AdapterInfo) -> RankPlan | RankSelector:
+        ranks = self._plans.get(adapter)
+        if ranks is None:
+            ranks = self._plans[adapter] = make_plan(self._policy, adapter) or RankSelector(self._policy.rank, adapter)
+        return ranks
 
     def _sequence(self, request_id: int) -> SteeredSequence:
         sequence = self._sequences.get(request_id)

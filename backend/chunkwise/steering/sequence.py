@@ -16,6 +16,7 @@ from chunkwise.core import Chunk, ChunkDecision, KvDecision, KvFormat, SequenceS
 from chunkwise.steering.chunker import Chunker
 from chunkwise.steering.estimator import ComplexityEstimator, Observation
 from chunkwise.steering.kv_policy import KvSchedule
+from chunkwise.steering.plans import PlannedChunk, RankPlan
 from chunkwise.steering.ranks import RankChoice, RankSelector
 from chunkwise.steering.report import ChunkReport, SteeringReport
 from chunkwise.steering.signals import NgramNovelty, positional_prior
@@ -40,23 +41,33 @@ class _SteeredChunk:
 class SteeredSequence:
     """One request from admission to release.
 
-    The prompt is planned whole at construction, from novelty and positional prior; its last chunk stays open and runs
-    on into the answer. Each prompt chunk takes its rank from the mean complexity of its own tokens; a chunk opened in
-    decode cannot know its tokens yet and takes it from `Chunker.recent`, the exponential mean over the last few tokens.
+    The prompt is cut whole at construction, by novelty and positional prior; its last chunk stays open and runs on into
+    the answer, which is cut by the model's signals as well. Under a `RankPlan` these cuts are for the KV cache alone:
+    there are further ones where the plan changes the rank, and no rank follows from a signal. A `RankSelector` gives
+    each prompt chunk a rank by the mean complexity of its own tokens; a chunk opened in decode cannot know its tokens
+    yet and takes it from `Chunker.recent`, the exponential mean over the last few tokens.
+
+    Args:
+        ranks: how ranks are chosen; None without an adapter.
 
     Raises:
         ValueError: ``prompt_ids`` is empty.
     """
 
     def __init__(
-        self, request_id: int, prompt_ids: Sequence[int], policy: SteeringPolicy, selector: RankSelector | None
+        self,
+        request_id: int,
+        prompt_ids: Sequence[int],
+        policy: SteeringPolicy,
+        ranks: RankPlan | RankSelector | None,
     ) -> None:
         if not prompt_ids:
             raise ValueError(f"request {request_id} has an empty prompt; a request needs at least one token")
         self._request_id = request_id
         self._prompt_length = len(prompt_ids)
         self._policy = policy
-        self._selector = selector
+        self._ranks = ranks
+        self._planned: list[PlannedChunk] = []
         self._novelty = NgramNovelty(policy.estimator.ngram)
         self._estimator = ComplexityEstimator(policy.estimator)
         self._chunker = Chunker(policy.chunker)
@@ -74,8 +85,12 @@ class SteeredSequence:
         return max(self._computed, self._prompt_length + self._generated - 1 if self._generated else 0)
 
     def decisions(self) -> list[ChunkDecision]:
-        """The decisions of all chunks so far, in order; none without an adapter."""
-        return [self._decision(chunk) for chunk in self._chunks] if self._selector is not None else []
+        """The decisions of the chunks so far, in order; under a plan, of those at which it changes the rank. None
+        without an adapter."""
+        if self._ranks is None:
+            return []
+        changes = {chunk.start for chunk in self._planned}
+        return [self._decision(chunk) for chunk in self._chunks if not changes or chunk.start in changes]
 
     def extend(self, token_id: int) -> None:
         """Takes the next generated token. The router does this between two steps, so nothing is worked out here."""
@@ -116,7 +131,7 @@ class SteeredSequence:
         if start is None:
             return None
         chunk = self._open(start, self._chunker.recent)
-        return self._decision(chunk) if self._selector is not None else None
+        return self._decision(chunk) if isinstance(self._ranks, RankSelector) else None
 
     def due_kv(self, ahead: bool = False) -> list[KvDecision]:
         """KV decisions that have become due since the last call; they take effect with the next step that is sent.
@@ -160,6 +175,10 @@ class SteeredSequence:
             if start is not None:
                 starts.append(start)
         self._last_of_prompt = novelty
+        if self._ranks is not None and not isinstance(self._ranks, RankSelector):
+            self._planned = self._ranks.chunks(prompt_ids)
+            starts = sorted({*starts, *(chunk.start for chunk in self._planned)})
+            self._chunker.start = starts[-1]
         for start, end in pairwise([*starts, self._prompt_length]):
             self._open(start, self._chunker.mean(start, end))
         # The first boundary that decode can set lies one position behind the prompt's end, too late for a full chunk.
@@ -168,13 +187,20 @@ class SteeredSequence:
             self._open(full, self._chunker.recent)
 
     def _open(self, start: int, level: float) -> _SteeredChunk:
-        choice = self._selector.select(level) if self._selector is not None else _NO_ADAPTER
+        choice = self._choose(start, level)
         changed = bool(self._chunks) and choice != self._chunks[-1].choice
         # A window longer than the shortest chunk could not finish within it.
         window = min(self._policy.rank.crossfade, self._policy.chunker.min_length)
         chunk = _SteeredChunk(start, level, choice, window if changed else 0)
         self._chunks.append(chunk)
         return chunk
+
+    def _choose(self, start: int, level: float) -> RankChoice:
+        if self._ranks is None:
+            return _NO_ADAPTER
+        if isinstance(self._ranks, RankSelector):
+            return self._ranks.select(level)
+        return self._planned[bisect_right(self._planned, start, key=lambda chunk: chunk.start) - 1].choice
 
     def _decision(self, chunk: _SteeredChunk) -> ChunkDecision:
         return ChunkDecision(self._request_id, chunk.start, chunk.choice.rung, chunk.choice.scale, chunk.crossfade)
