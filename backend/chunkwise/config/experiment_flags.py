@@ -37,8 +37,8 @@ def add_experiments_parser(commands: argparse._SubParsersAction[argparse.Argumen
         action="append",
         default=[],
         metavar="FILE.toml",
-        help="ranks, kv: a policy to measure, may be given several times; ablation, crossfade: the one to vary "
-        "(default: one made for the purpose); kv takes names of KV formats too",
+        help="ranks, kv: a policy to measure; ablation, crossfade: the one to vary (default: a built-in one); "
+        "may be given several times, a policy made for other adapters is passed over; kv takes names of formats too",
     )
     add("--items", type=int, help="items per task instead of the experiment's own number")
     add("--seed", type=int, default=0, help="seed of the draw of items and of the bootstrap (default: 0)")

@@ -52,8 +52,6 @@ def experiment_settings(args: argparse.Namespace) -> ExperimentSettings:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InvalidFlags(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if args.name in ("ablation", "crossfade") and len(args.policy) > 1:
-        raise InvalidFlags(f"{args.name} varies one policy, and {len(args.policy)} are given; leave one --policy")
     default_tokens = _QUICK_CALIBRATION_TOKENS if args.quick else _CALIBRATION_TOKENS
     return ExperimentSettings(
         name=args.name,

@@ -97,7 +97,6 @@ def test_without_matplotlib_the_tables_are_written_and_the_plot_is_asked_for(
     ("change", "message"),
     [
         (["--items=0"], "--items is 0; it must be at least 1"),
-        (["--policy=a.toml", "--policy=b.toml"], "varies one policy, and 2 are given"),
         (["--subject", "chess", "a", "b"], "the task 'chess'; use one of wikitext, squad, translation"),
         (["--subject", "squad", "a=x,b=y", "b"], "names 2 adapters"),
     ],

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
 from chunkwise.config.eval_settings import EngineChoice, EvalSettings, Selection, TaskSettings
-from chunkwise.evaluation.bootstrap import exp_ratio, ratio
+from chunkwise.evaluation.bootstrap import Metric, exp_ratio, ratio
 from chunkwise.evaluation.experiments.figures import (
     Point,
     area_difference,
@@ -28,8 +28,8 @@ class NllTask:
     """Only the metrics are asked for."""
 
     jobs = ()
-    metrics = {"nll_per_token": ratio, "perplexity": exp_ratio, "score": ratio}
-    identity: dict[str, Any] = {}
+    metrics: ClassVar[dict[str, Metric]] = {"nll_per_token": ratio, "perplexity": exp_ratio, "score": ratio}
+    identity: ClassVar[dict[str, Any]] = {}
 
     def grade(self, outcome: Any) -> Any:
         raise AssertionError("nothing is run")
@@ -49,7 +49,7 @@ def records(sums: list[float], rank: float = 0.0, tokens: tuple[int, int] = (4, 
     """One item per sum of NLL, each over two scored tokens."""
     return [
         {
-            "statistics": dict.fromkeys(("nll_per_token", "perplexity", "score"), [total, 2.0]),
+            "statistics": {metric: [total, 2.0] for metric in NllTask.metrics},
             "tokens": list(tokens),
             "rank_sums": [rank * count for count in tokens],
         }

@@ -8,7 +8,7 @@ from dataclasses import replace
 from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoice
 from chunkwise.config.policy import EstimatorPolicy, SteeringPolicy
 from chunkwise.evaluation.experiments import figures
-from chunkwise.evaluation.experiments.arms import executed_ranks, matched_ladder, varied_policy
+from chunkwise.evaluation.experiments.arms import executed_ranks, matched_ladder, read_policies, varied_policy
 from chunkwise.evaluation.experiments.lab import Lab
 from chunkwise.evaluation.experiments.measures import Sizes, likelihood
 from chunkwise.evaluation.experiments.report import Panel, Report, Series
@@ -38,11 +38,12 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
     Raises:
         ChunkwiseError: data, adapters or a policy that cannot be used.
     """
-    policy = varied_policy(settings.policies)
+    policies = read_policies(settings.policies).values()
     sizes = _QUICK_SIZES if settings.quick else _SIZES
     rows: list[tuple[Cell, ...]] = []
     panels: list[Panel] = []
     for subject in settings.subjects:
+        policy = varied_policy(policies, subject.adapter.name)
         found, panel = _subject(lab, settings, subject, sizes, policy)
         rows += found
         panels.append(panel)
@@ -57,8 +58,9 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
 
 
 def variants(policy: SteeringPolicy) -> Mapping[str, SteeringPolicy]:
-    """The policy with all its signals, with each alone, and without each that has a weight. A signal that is alone
-    keeps its weight, or takes 1 if it has none."""
+    """The policy, by complexity and not by what was calibrated, with all its signals, with each alone, and without each
+    that has a weight. A signal that is alone keeps its weight, or takes 1 if it has none."""
+    policy = replace(policy, rank=replace(policy.rank, source="complexity"), adapters={})
     weights = {name: getattr(policy.estimator, name).weight for name in SIGNALS}
     arms = {"all": policy}
     for name in SIGNALS:

@@ -3,7 +3,7 @@ policy whose parts are varied."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,16 +60,25 @@ def factor_bytes(ladder: RankLadder) -> tuple[int, ...]:
     )
 
 
-def varied_policy(files: Sequence[str]) -> SteeringPolicy:
-    """The policy that ablation and cross-fade vary: the given one, or ranks from 1 to 4 by complexity, where the
-    quality of adapters changes, with an uncompressed KV cache. Raises InvalidPolicy."""
-    if files:
-        return load_policy(Path(files[0]))
-    return SteeringPolicy(
+def read_policies(files: Sequence[str]) -> dict[str, SteeringPolicy]:
+    """Policies named after their files. Raises InvalidPolicy."""
+    return {Path(file).stem: load_policy(Path(file)) for file in files}
+
+
+def steers(policy: SteeringPolicy, adapter: str) -> bool:
+    """Whether a policy says anything of an adapter: not one that was calibrated for others alone."""
+    return not policy.adapters or adapter in policy.adapters
+
+
+def varied_policy(policies: Iterable[SteeringPolicy], adapter: str) -> SteeringPolicy:
+    """The policy that ablation and cross-fade vary: the first that steers the adapter, or ranks from 1 to 4 by
+    complexity, where the quality of adapters changes, with an uncompressed KV cache."""
+    default = SteeringPolicy(
         chunker=ChunkerPolicy(min_length=BOUNDARY_TOKENS),
-        rank=RankPolicy(min_rank=1, max_rank=4, crossfade=0),
+        rank=RankPolicy(source="complexity", min_rank=1, max_rank=4),
         kv=KvPolicy(easy_format="full"),
     )
+    return next((policy for policy in policies if steers(policy, adapter)), default)
 
 
 def _ladder(

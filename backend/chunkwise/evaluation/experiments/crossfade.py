@@ -9,7 +9,7 @@ from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoi
 from chunkwise.config.policy import SteeringPolicy
 from chunkwise.evaluation.bootstrap import Interval, exp_ratio, interval, paired_difference, ratio
 from chunkwise.evaluation.experiments import figures
-from chunkwise.evaluation.experiments.arms import BOUNDARY_TOKENS, varied_policy
+from chunkwise.evaluation.experiments.arms import BOUNDARY_TOKENS, read_policies, varied_policy
 from chunkwise.evaluation.experiments.lab import Lab
 from chunkwise.evaluation.experiments.measures import Sizes, likelihood
 from chunkwise.evaluation.experiments.report import Panel, Report, Series
@@ -39,11 +39,12 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
     Raises:
         ChunkwiseError: data, adapters or a policy that cannot be used.
     """
-    policy = varied_policy(settings.policies)
+    policies = read_policies(settings.policies).values()
     sizes = _QUICK_SIZES if settings.quick else _SIZES
     rows: list[tuple[Cell, ...]] = []
     panels: list[Panel] = []
     for subject in settings.subjects:
+        policy = varied_policy(policies, subject.adapter.name)
         found, panel = _subject(lab, settings, subject, sizes, policy)
         rows += found
         panels.append(panel)

@@ -86,11 +86,12 @@ def _subject(
     if measure is None:
         measure = likelihood(subject, sizes, settings, lab.tokenizer, "decode")
     ladder = lab.served(subject.adapter, weights)
-    rank = RankPolicy(min_rank=weights.trained_rank, max_rank=weights.trained_rank, crossfade=0)
     with lab.resident(ladder):
         runs = {
             name: lab.run(
-                measure, SteeringMode("policy", ladder.name, replace(policy, rank=rank)), f"{weights.name} kv {name}"
+                measure,
+                SteeringMode("policy", ladder.name, replace(policy, rank=RankPolicy(), adapters={})),
+                f"{weights.name} kv {name}",
             )
             for name, policy in policies.items()
         }

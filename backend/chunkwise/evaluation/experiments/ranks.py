@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoice
-from chunkwise.config.policy import SteeringPolicy, load_policy
+from chunkwise.config.policy import SteeringPolicy
 from chunkwise.evaluation.experiments import figures
-from chunkwise.evaluation.experiments.arms import DEFAULT, four_ladders, matched_ladder
+from chunkwise.evaluation.experiments.arms import DEFAULT, four_ladders, matched_ladder, read_policies, steers
 from chunkwise.evaluation.experiments.figures import Point
 from chunkwise.evaluation.experiments.lab import Lab
 from chunkwise.evaluation.experiments.measures import Measure, Sizes, calibration_text, generation, likelihood
@@ -28,7 +27,7 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
     Raises:
         ChunkwiseError: data, adapters or policies that cannot be used.
     """
-    policies = {Path(file).stem: load_policy(Path(file)) for file in settings.policies}
+    policies = read_policies(settings.policies)
     measured = [one for subject in settings.subjects for one in _subject(lab, settings, subject, policies)]
     sizes = _QUICK_SIZES if settings.quick else _SIZES
     notes = [
@@ -52,6 +51,7 @@ def _subject(
     text = calibration_text(subject, settings.calibration_tokens, settings.seed, lab.tokenizer)
     ladders = four_ladders(weights, lab.whitened(weights, text))
     served = lab.served(subject.adapter, weights)
+    own = {name: policy for name, policy in policies.items() if steers(policy, weights.name)}
     sizes = _QUICK_SIZES if settings.quick else _SIZES
     likely = likelihood(subject, sizes, settings, lab.tokenizer)
     generated = generation(subject, sizes, settings, lab.tokenizer)
@@ -59,7 +59,7 @@ def _subject(
         # Generated answers cost most and say least, so one ladder is asked for them.
         chosen = {name: ladders[name] for name in ([DEFAULT] if measure is generated else ladders)}
         curves = _curves(lab, measure, weights, chosen, settings.quick)
-        steered = [_steer(lab, measure, weights, served, name, policy) for name, policy in policies.items()]
+        steered = [_steer(lab, measure, weights, served, name, policy) for name, policy in own.items()]
         yield Measured(weights.name, measure, chosen, curves, steered)
 
 
