@@ -9,6 +9,7 @@ from typing import Any
 
 from chunkwise.config.bench_flags import add_bench
 from chunkwise.config.eval_flags import add_eval_parser
+from chunkwise.config.experiment_flags import add_experiments_parser
 from chunkwise.config.ladder_flags import add_ladder_parser
 from chunkwise.core import ChunkwiseError
 
@@ -153,5 +154,6 @@ def build_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
 
     add_eval_parser(commands)
     add_ladder_parser(commands)
+    add_experiments_parser(commands)
     add_bench(commands)
     return parser

@@ -67,15 +67,14 @@ def _group(settings: ShardSettings, device: torch.device) -> Group:
     return DistributedGroup(place.rank, place.world_size, address, device, _COLLECTIVE_TIMEOUT_SECONDS)
 
 
-def load_engine(settings: ShardSettings, group: Group, device: torch.device, decisions: DecisionTable) -> Engine:
-    """The engine of one rank. Call it from the thread that will run the engine.
+def load_model(settings: ShardSettings, model_dir: Path, group: Group, device: torch.device) -> Llama:
+    """The model of one rank, in the types and with the threads that ``settings`` name. Call it from the thread that
+    will run it.
 
     Raises:
-        UnsupportedModel: a checkpoint, an adapter or a parallel layout that cannot be served.
+        UnsupportedModel: a checkpoint or a parallel layout that cannot be served.
     """
     threads = settings.threads or max((os.cpu_count() or 1) // settings.parallel.world_size, 1)
-    model_dir = locate(settings.model_id, settings.revision)
-    tokenizer = Tokenizer(model_dir)
     dtype, storage = _types(settings, device, load_spec(model_dir).dtype)
     if device.type == "cuda":
         # Triton launches on the current device, wherever the tensors are.
@@ -104,6 +103,18 @@ def load_engine(settings: ShardSettings, group: Group, device: torch.device, dec
         device,
         threads,
     )
+    return model
+
+
+def load_engine(settings: ShardSettings, group: Group, device: torch.device, decisions: DecisionTable) -> Engine:
+    """The engine of one rank. Call it from the thread that will run the engine.
+
+    Raises:
+        UnsupportedModel: a checkpoint, an adapter or a parallel layout that cannot be served.
+    """
+    model_dir = locate(settings.model_id, settings.revision)
+    tokenizer = Tokenizer(model_dir)
+    model = load_model(settings, model_dir, group, device)
     engine_settings = EngineSettings(
         max_batch_total_tokens=settings.max_batch_total_tokens,
         prefix_caching=settings.prefix_caching,
