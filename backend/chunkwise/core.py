@@ -324,8 +324,9 @@ class KvUsage:
 
 @dataclass(frozen=True, slots=True)
 class ShardState:
-    """What a shard holds at this moment. ``reused_tokens`` counts, since the start, prompt tokens that were not
-    computed because an earlier request had computed them."""
+    """What a shard holds at this moment. Since the start, ``reused_tokens`` counts prompt tokens that were not computed
+    because an earlier request had computed them, ``kv_rewritten_pages`` the pages that KV decisions turned into smaller
+    ones, fewer or none, ``kv_dropped_tokens`` the tokens given up with them."""
 
     sequences: int = 0
     steered_requests: int = 0
@@ -333,3 +334,5 @@ class ShardState:
     kv_bytes_budget: int = 0
     resident_bytes: int = 0
     reused_tokens: int = 0
+    kv_rewritten_pages: int = 0
+    kv_dropped_tokens: int = 0

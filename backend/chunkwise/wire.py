@@ -275,6 +275,8 @@ def state_to_pb(state: core.ShardState) -> pb.ShardState:
         kv_bytes_budget=state.kv_bytes_budget,
         resident_bytes=state.resident_bytes,
         reused_tokens=state.reused_tokens,
+        kv_rewritten_pages=state.kv_rewritten_pages,
+        kv_dropped_tokens=state.kv_dropped_tokens,
     )
 
 
@@ -291,6 +293,8 @@ def state_from_pb(state: pb.ShardState) -> core.ShardState:
         kv_bytes_budget=state.kv_bytes_budget,
         resident_bytes=state.resident_bytes,
         reused_tokens=state.reused_tokens,
+        kv_rewritten_pages=state.kv_rewritten_pages,
+        kv_dropped_tokens=state.kv_dropped_tokens,
     )
 
 

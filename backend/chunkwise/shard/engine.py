@@ -118,6 +118,8 @@ class Engine:
             kv_bytes_budget=cache.allocator.budget_bytes if cache else 0,
             resident_bytes=resident_bytes(),
             reused_tokens=cache.prefix.reused_pages * PAGE_SIZE if cache else 0,
+            kv_rewritten_pages=cache.rewritten_pages if cache else 0,
+            kv_dropped_tokens=cache.dropped_tokens if cache else 0,
         )
 
     def warmup(
