@@ -12,8 +12,8 @@ from chunkwise.core import (
     GenerationRequest,
     Grammar,
     SamplingParams,
-    StepResult,
     SteeringUpdate,
+    StepResult,
     StoppingParams,
 )
 from conftest import TinyWorld
