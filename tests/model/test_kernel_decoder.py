@@ -1,4 +1,4 @@
-"""The CPU kernels against the torch decoder: shapes, mixed steps, pages of both formats, buffers, tensor ranks."""
+"""The CPU kernels against the torch decoder: shapes, mixed steps, pages of every format, buffers, tensor ranks."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def mixed(rig: Rig) -> list[Part]:
     decoding = [0, 1, 15, 16, STRETCH - 2, STRETCH - 1, STRETCH, 2 * STRETCH - 1, 2 * STRETCH, 300, 383, 384]
     longer = [(0, 5), (120, 20), (40, 1), (250, 30), (STRETCH - 4, 4), (STRETCH, 9), (384, 1), (0, 2), (5, 131)]
     size = rig.cache.shape.page_size
-    parts = [Part(rig.line(p + 1, int8=p // size), p) for p in decoding]
+    parts = [Part(rig.line(p + 1, small=p // size), p) for p in decoding]
     # Some have more pages than they need yet.
-    return parts + [Part(rig.line(p + n + 20, int8=p // size), p, n, scored=n % 2 == 1) for p, n in longer]
+    return parts + [Part(rig.line(p + n + 20, small=p // size), p, n, scored=n % 2 == 1) for p, n in longer]
 
 
 def assert_close(got: StepOutput, want: StepOutput, most: float) -> None:

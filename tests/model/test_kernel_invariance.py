@@ -116,7 +116,9 @@ def test_a_decoded_row_has_the_same_bits_in_any_batch(
     for rig in rigs:
         rng.seed(5)
         lines = [
-            rig.line(n := rng.randrange(2, 400), rng.choice((*adapters, None)), CHUNKS, int8=rng.randrange(n // 16 + 1))
+            rig.line(
+                n := rng.randrange(2, 400), rng.choice((*adapters, None)), CHUNKS, small=rng.randrange(n // 16 + 1)
+            )
             for _ in range(40)
         ]
         every.append([Part(line, len(line.ids) - 2) for line in lines])

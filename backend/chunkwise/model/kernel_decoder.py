@@ -13,6 +13,7 @@ from torch import Tensor
 
 from chunkwise.core import KvFormat, UnsupportedModel
 from chunkwise.kv.cache import KvCache
+from chunkwise.kv.pools import PARTS
 from chunkwise.model.decoder import signal_layers
 from chunkwise.model.kernels.attention import STATE, STRETCH, scratch_floats, tasks_of
 from chunkwise.model.kernels.blocks import decoder, head
@@ -21,6 +22,7 @@ from chunkwise.model.kernels.views import (
     BFLOAT16,
     FLOAT32,
     INT8,
+    PAGE_FORMATS,
     TARGETS,
     BufferView,
     CacheView,
@@ -171,9 +173,19 @@ class _Buffers:
         return stream.copy_(x)
 
 
+def _cache_view(cache: KvCache) -> CacheView:
+    pools = [cache.pools[kind] for kind in (KvFormat.FULL, KvFormat.INT8, KvFormat.INT4)]
+    return CacheView(
+        page_size=cache.shape.page_size,
+        pools=_ints([pool.address for pool in pools]),
+        strides=_ints([[pool.page_bytes, pool.layer_bytes] for pool in pools]),
+        parts=_ints([[pool.offsets.get(part, 0) for part in PARTS] for pool in pools]),
+    )
+
+
 def _encode(spans: Sequence[StepSpan]) -> tuple[Ints, Ints]:
     """Page tables one after another, and where each begins."""
-    pages = [2 * page.number + (page.format is KvFormat.INT8) for span in spans for page in span.pages]
+    pages = [PAGE_FORMATS * page.number + page.format for span in spans for page in span.pages]
     return _ints(pages), _ints(list(accumulate((len(span.pages) for span in spans), initial=0)))
 
 
@@ -208,7 +220,7 @@ class KernelDecoder:
         """See `Decoder`."""
         view = self._step_view(step)
         assert STRETCH % cache.shape.page_size == 0, f"pages of {cache.shape.page_size} do not divide {STRETCH} keys"
-        pools = CacheView(**cache.addresses)
+        pools = _cache_view(cache)
         rank, records = int(view.ranks.max(initial=1)), int(view.first_record[-1])
         buffers = self._reserve(_Size(x.shape[0], rank, records, cache.shape.page_size))
         stream = buffers.start(x)

@@ -19,7 +19,7 @@ from chunkwise.model.kernels.product import multiply
 from chunkwise.model.kernels.team import meet
 from chunkwise.model.kernels.tiles import as_pointer, silu_multiply
 from chunkwise.model.kernels.vector import LANES
-from chunkwise.model.kernels.views import DOWN, GATE_UP, INT8, OUTPUT, QKV
+from chunkwise.model.kernels.views import DOWN, FULL_PAGE, GATE_UP, INT8, KEYS, OUTPUT, QKV, VALUES
 
 _COLUMNS = 16
 
@@ -117,11 +117,12 @@ def _place(m, b, s, c, layer, row):
         _rotate(wide + 4 * head * dim, m.cos + angle, m.sin + angle, dim)
     page, offset = divmod(s.slots[row], c.page_size)
     made = carray(as_pointer(wide + 4 * m.heads * dim), 2 * width, np.float32)
+    start = c.pools[FULL_PAGE] + page * c.strides[FULL_PAGE, 0] + layer * c.strides[FULL_PAGE, 1]
     for head in range(m.kv_heads):
-        at = 4 * (((layer * c.full_pages + page) * m.kv_heads + head) * c.page_size + offset) * dim
+        at = start + 4 * (head * c.page_size + offset) * dim
         keys, values = (
-            carray(as_pointer(c.keys + at), dim, np.float32),
-            carray(as_pointer(c.values + at), dim, np.float32),
+            carray(as_pointer(at + c.parts[FULL_PAGE, KEYS]), dim, np.float32),
+            carray(as_pointer(at + c.parts[FULL_PAGE, VALUES]), dim, np.float32),
         )
         for d in range(dim):
             keys[d] = made[head * dim + d]

@@ -23,8 +23,15 @@ INTS = ir.VectorType(I32, LANES)
 BYTES = ir.VectorType(I8, 2 * LANES)
 SHORTS = ir.VectorType(I16, 2 * LANES)
 HALVES = ir.VectorType(I16, LANES)
+QUARTERS = ir.VectorType(I8, LANES)
 
-_SUFFIX = {FLOATS: f"v{LANES}f32", BYTES: f"v{2 * LANES}i8", SHORTS: f"v{2 * LANES}i16", HALVES: f"v{LANES}i16"}
+_SUFFIX = {
+    FLOATS: f"v{LANES}f32",
+    BYTES: f"v{2 * LANES}i8",
+    SHORTS: f"v{2 * LANES}i16",
+    HALVES: f"v{LANES}i16",
+    QUARTERS: f"v{LANES}i8",
+}
 
 
 def call(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
