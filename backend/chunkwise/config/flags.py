@@ -99,6 +99,13 @@ def _router_flags(flags: _Flags) -> None:
     flags.value("--max-batch-prefill-tokens", "most tokens computed in one step", kind=int, default=4096)
     flags.value("--max-batch-size", "most requests in one batch; default: no limit but memory", kind=int)
     flags.value(
+        "--kv-growth-reserve",
+        "tokens of growth that each running request has KV memory kept free for; when it is short, requests are "
+        "compressed, and at worst the youngest is interrupted and computed anew later",
+        kind=int,
+        default=64,
+    )
+    flags.value(
         "--max-concurrent-requests", "requests accepted at once; more are refused with 429", kind=int, default=128
     )
     flags.value("--max-best-of", "largest best_of", kind=int, default=2)

@@ -84,6 +84,7 @@ def _limits(args: argparse.Namespace) -> Limits:
         max_total_tokens=args.max_total_tokens,
         max_batch_prefill_tokens=args.max_batch_prefill_tokens,
         max_batch_size=args.max_batch_size,
+        kv_growth_reserve=args.kv_growth_reserve,
         payload_limit=args.payload_limit,
         disable_grammar_support=args.disable_grammar_support,
     )

@@ -24,7 +24,10 @@ class AdapterSource:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the router accepts. Token limits left None are taken from the model in Warmup."""
+    """What the router accepts. Token limits left None are taken from the model in Warmup.
+
+    ``kv_growth_reserve`` is how many tokens of its answer to come each running request has KV pages kept free for.
+    """
 
     max_concurrent_requests: int = 128
     max_best_of: int = 2
@@ -34,6 +37,7 @@ class Limits:
     max_total_tokens: int | None = None
     max_batch_prefill_tokens: int = 4096
     max_batch_size: int | None = None
+    kv_growth_reserve: int = 64
     max_client_batch_size: int = 4
     payload_limit: int = 2_000_000
     disable_grammar_support: bool = False

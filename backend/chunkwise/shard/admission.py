@@ -29,18 +29,18 @@ class Admission:
     agree: Callable[[bool], bool] = bool
 
     def admit(self, request: GenerationRequest, limits: WarmupLimits) -> Sequence:
-        """A sequence ready for its first step.
+        """A sequence ready for its first step; one that was pre-empted is where it was, but for its keys and values.
 
         Raises:
             InvalidRequest: an empty or too long prompt, ids beyond the vocabulary, no token to generate, or a grammar
-                that cannot be used; or forced tokens that are not one per new token.
+                that cannot be used; forced tokens that are not one per new token; or no token left to resume.
             UnknownAdapter: there is no such adapter. The base model never answers in its place.
             AdapterError: the adapter was evicted and cannot be read again, here or on another rank.
         """
         ids = self._prompt(request)
         _check_length(request, len(ids), limits)
         adapter = self._adapter(request.adapter_id)
-        return Sequence(
+        sequence = Sequence(
             request=request,
             prompt_tokens=len(ids),
             ids=ids,
@@ -48,6 +48,22 @@ class Admission:
             detokenizer=Detokenizer(self.tokenizer, ids, request.stopping.stop_sequences),
             adapter=adapter,
         )
+        self._resume(sequence)
+        return sequence
+
+    def _resume(self, sequence: Sequence) -> None:
+        request = sequence.request
+        resumed, new = request.resumed_ids, request.stopping.max_new_tokens
+        if not resumed:
+            return
+        if len(resumed) >= new:
+            raise InvalidRequest(f"{len(resumed)} tokens are resumed but max_new_tokens is {new}; none is left")
+        if max(resumed) >= self.vocab:
+            raise InvalidRequest(f"resumed id {max(resumed)} is beyond the vocabulary of {self.vocab} ids")
+        for id in resumed:
+            sequence.chooser.replay(id)
+            sequence.detokenizer.append(id)
+            sequence.ids.append(id)
 
     def _prompt(self, request: GenerationRequest) -> list[int]:
         if request.prompt_ids is None:

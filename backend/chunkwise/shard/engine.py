@@ -307,6 +307,16 @@ class Engine:
             tuple(s.request.id for s in sequences),
             max_tokens=sum(s.prompt_tokens + s.request.stopping.max_new_tokens for s in sequences),
             current_tokens=next_step_tokens(sequences, self._runner.budget) if self._runner else 0,
+            free_pages=self._free_pages(),
+        )
+
+    def _free_pages(self) -> int:
+        """See `CachedBatch`. Tokens that are dropped later count in full: they are computed first."""
+        room = self._require_runner().cache.allocator.room(KvFormat.FULL)
+        return room - sum(
+            -(-len(sequence.ids) // PAGE_SIZE) + -sequence.computed // PAGE_SIZE
+            for sequences in self._batches.values()
+            for sequence in sequences
         )
 
     def _pop(self, batch_id: int) -> list[Sequence]:

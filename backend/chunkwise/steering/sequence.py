@@ -5,6 +5,7 @@ It knows nothing of other requests, of updates or of their numbering; `controlle
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
@@ -76,6 +77,7 @@ class SteeredSequence:
         self._kv = KvSchedule(request_id, len(prompt_ids), policy.kv, compressed)
         self._chunks: list[_SteeredChunk] = []
         self._closed = 0
+        self._replayed = 0
         self._computed = 0
         self._generated = 0
         self._unobserved: deque[int] = deque()
@@ -104,6 +106,21 @@ class SteeredSequence:
         changes = {chunk.start for chunk in self._planned}
         return [self._decision(chunk) for chunk in self._chunks if not changes or chunk.start in changes]
 
+    def resume(self) -> list[KvDecision]:
+        """The request was pre-empted and is computed anew, from the beginning to its newest token. Returns the KV
+        decisions made so far, to be sent again together with all `decisions`; nothing is steered anew before signals
+        come of positions that had none."""
+        if not self._generated:
+            self._computed = 0
+            return list(self._kv.made)
+        computed = self._prompt_length + self._generated - 1
+        # Signals of the newest positions are missing if a step of other requests has failed meanwhile.
+        while self._computed < computed:
+            position = max(self._computed, self._prompt_length - 1)
+            self.observe(SequenceSignals(self._request_id, position, entropy=math.nan))
+        self._replayed = computed
+        return list(self._kv.made)
+
     def extend(self, token_id: int) -> None:
         """Takes the next generated token. The router does this between two steps, so nothing is worked out here."""
         self._unobserved.append(token_id)
@@ -114,12 +131,15 @@ class SteeredSequence:
 
         Within the prompt they only tell how far it has got: in how many pieces a prompt is computed follows from who
         shares the step, and neither rank nor compression may follow from that. From the last prompt token on they are
-        one per position p, and a chunk opened by them starts at p + `DECODE_LEAD`.
+        one per position p, and a chunk opened by them starts at p + `DECODE_LEAD`. Positions that are computed anew
+        after `resume` tell nothing.
 
         Raises:
             SteeringViolation: the position does not follow the one before, or its token has not been given yet.
         """
         position = signals.position
+        if position < self._replayed:
+            return None
         self._check_order(position)
         self._computed = position + 1
         if position < self._prompt_length - 1:

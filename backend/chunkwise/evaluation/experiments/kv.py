@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import get_args
 
 from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoice
-from chunkwise.config.policy import KvPolicy, RankPolicy, SteeringPolicy, load_policy
+from chunkwise.config.policy import KvKind, KvPolicy, RankPolicy, SteeringPolicy, load_policy
 from chunkwise.evaluation.experiments import figures
 from chunkwise.evaluation.experiments.lab import Lab
 from chunkwise.evaluation.experiments.measures import Measure, Reading, Sizes, generation, likelihood
@@ -18,7 +18,7 @@ from chunkwise.evaluation.modes import SteeringMode
 from chunkwise.evaluation.results import Record
 
 FULL = "full"
-FORMATS: tuple[str, ...] = get_args(get_type_hints(KvPolicy)["easy_format"])
+KINDS: tuple[KvKind, ...] = get_args(KvKind)
 """Policies that need no file: every chunk in the format once it is old enough."""
 _SIZES, _QUICK_SIZES = Sizes(items=8, window=2048, context=1024), Sizes(items=2, window=1024, context=768)
 _COLUMNS = (
@@ -58,15 +58,16 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
 
 
 def kv_policies(names: Sequence[str]) -> dict[str, SteeringPolicy]:
-    """Policies by name, the uncompressed one first: built-in formats, and files, of which only the ranks are not used.
+    """Policies by name, the uncompressed one first: kinds, always in force, and files, whose ranks are not used.
 
     Raises:
-        InvalidPolicy: a name that is neither a format nor a policy file.
+        InvalidPolicy: a name that is neither a kind nor a policy file.
     """
     policies: dict[str, SteeringPolicy] = {}
-    for name in (FULL, *(names or FORMATS)):
-        if name in FORMATS:
-            policies[name] = SteeringPolicy(kv=KvPolicy(easy_format=name, easy_below=1.0))
+    for name in (FULL, *(names or KINDS)):
+        kind = next((kind for kind in KINDS if kind == name), None)
+        if kind is not None:
+            policies[name] = SteeringPolicy(kv=KvPolicy(kind=kind, when="always"))
         else:
             policies[Path(name).stem] = load_policy(Path(name))
     return policies
