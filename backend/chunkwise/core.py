@@ -118,6 +118,7 @@ class GenerationRequest:
     ``prompt_ids`` are the router's token ids; when None the shard tokenises ``inputs`` and keeps the last ``truncate``
     ids (0: all). ``chunk_len`` limits the first step to that many prompt tokens. ``forced_ids``, one per new token, are
     the answer whatever the model prefers (teacher forcing, for evaluation); generate.v3 cannot ask for it.
+    ``resumed_ids`` are the tokens that the request got before it was pre-empted; it goes on behind them.
     """
 
     id: int
@@ -132,6 +133,7 @@ class GenerationRequest:
     chunk_len: int | None = None
     prefill_logprobs: bool = False
     forced_ids: tuple[int, ...] = ()
+    resumed_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +181,17 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class CachedBatch:
-    """The live batch of a shard. ``max_tokens`` and ``current_tokens`` are token counts, as in generate.v3."""
+    """The live batch of a shard. ``max_tokens`` and ``current_tokens`` are token counts, as in generate.v3.
+
+    ``free_pages`` is how many full pages the KV cache has room for beyond what all live requests need for the tokens
+    they have, those of the next step included; below 0 the next steps lack pages. None: the shard does not tell.
+    """
 
     id: int
     request_ids: tuple[int, ...]
     max_tokens: int
     current_tokens: int
+    free_pages: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,6 +203,11 @@ class StepResult:
     forward_ns: int = 0
     decode_ns: int = 0
     total_ns: int = 0
+
+
+def rank_budget(value: float) -> float:
+    """A rung as it is written everywhere: a whole one as an int, so that 4 prints as 4 and not as 4.0."""
+    return int(value) if float(value).is_integer() else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,13 +223,14 @@ class Chunk:
 class ChunkDecision:
     """Opens a chunk at ``start``; it lasts until the next decision of the same request.
 
-    ``rung`` is a rank budget per module, one of the adapter's rungs (None: full rank, 0: skip the adapter); ``scale``
-    multiplies the adapter's output; over the first ``crossfade`` tokens the previous chunk's gate is blended in.
+    ``rung`` is a rank budget per module, one of the adapter's rungs, perhaps a fraction (None: full rank, 0: skip the
+    adapter); ``scale`` multiplies the adapter's output; over the first ``crossfade`` tokens the previous chunk's gate
+    is blended in.
     """
 
     request_id: int
     start: int
-    rung: int | None = None
+    rung: float | None = None
     scale: float = 1.0
     crossfade: int = 0
 
@@ -280,7 +293,7 @@ class AdapterInfo:
     adapter_id: str
     content_hash: str
     trained_rank: int
-    rungs: tuple[int, ...]
+    rungs: tuple[float, ...]
     kept_energy: tuple[float, ...]
     mean_active_rank: tuple[float, ...]
 

@@ -59,6 +59,7 @@ def request_from_pb(request: pb.Request) -> core.GenerationRequest:
         top_n_tokens=request.top_n_tokens,
         chunk_len=request.chunk_len if request.HasField("chunk_len") else None,
         prefill_logprobs=request.prefill_logprobs,
+        resumed_ids=tuple(request.resumed_ids),
     )
 
 
@@ -92,6 +93,7 @@ def request_to_pb(request: core.GenerationRequest) -> pb.Request:
         chunk_len=request.chunk_len,
         prefill_logprobs=request.prefill_logprobs,
         prompt_ids=request.prompt_ids or (),
+        resumed_ids=request.resumed_ids,
     )
 
 
@@ -107,7 +109,8 @@ def batch_to_pb(batch_id: int, requests: Sequence[core.GenerationRequest]) -> pb
 
 def cached_batch_from_pb(batch: pb.CachedBatch) -> core.CachedBatch:
     """A batch that the shard holds."""
-    return core.CachedBatch(batch.id, tuple(batch.request_ids), batch.max_tokens, batch.current_tokens)
+    free_pages = batch.free_pages if batch.HasField("free_pages") else None
+    return core.CachedBatch(batch.id, tuple(batch.request_ids), batch.max_tokens, batch.current_tokens, free_pages)
 
 
 def cached_batch_to_pb(batch: core.CachedBatch) -> pb.CachedBatch:
@@ -118,6 +121,7 @@ def cached_batch_to_pb(batch: core.CachedBatch) -> pb.CachedBatch:
         size=len(batch.request_ids),
         max_tokens=batch.max_tokens,
         current_tokens=batch.current_tokens,
+        free_pages=batch.free_pages,
     )
 
 
@@ -257,7 +261,7 @@ def info_from_pb(info: pb.InfoResponse) -> core.ShardInfo:
                 a.adapter_id,
                 a.content_hash,
                 a.trained_rank,
-                tuple(a.rungs),
+                tuple(map(core.rank_budget, a.rungs)),
                 tuple(a.kept_energy),
                 tuple(a.mean_active_rank),
             )
@@ -337,7 +341,7 @@ def update_from_pb(update: steer_pb.SteeringUpdate) -> core.SteeringUpdate:
             core.ChunkDecision(
                 c.request_id,
                 c.start,
-                rung=c.rung if c.HasField("rung") else None,
+                rung=core.rank_budget(c.rung) if c.HasField("rung") else None,
                 scale=c.scale if c.HasField("scale") else 1.0,
                 crossfade=c.crossfade,
             )

@@ -29,7 +29,8 @@ max_length = 8
 min_rank = 1
 max_rank = 8
 [kv]
-easy_below = 1.0
+kind = "int8"
+when = "always"
 sink_tokens = 4
 recent_tokens = 8
 """

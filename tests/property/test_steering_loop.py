@@ -10,6 +10,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from chunkwise.config.adapter_policy import AdapterPolicy, PriceTable
 from chunkwise.config.policy import ChunkerPolicy, EstimatorPolicy, KvPolicy, RankPolicy, SteeringPolicy
 from chunkwise.core import (
     AdapterInfo,
@@ -20,10 +21,22 @@ from chunkwise.core import (
     SteeringUpdate,
     StepSignals,
 )
-from chunkwise.steering import SteeringController, SteeringReport
+from chunkwise.steering import ChunkReport, SteeringController, SteeringReport
+from chunkwise.steering.kv_policy import kv_rule
 
 ADAPTER = AdapterInfo(
     "a", "h", 32, (0, 2, 4, 8, 16, 32), (0.0, 0.3, 0.5, 0.7, 0.9, 1.0), (0.0, 2.0, 4.0, 8.0, 15.0, 31.0)
+)
+
+
+PRICE_ROWS = st.lists(st.floats(0.0, 1.0), min_size=6, max_size=6).map(tuple)
+SECTIONS = st.builds(
+    lambda default, tokens, answer: AdapterPolicy(
+        "h", ADAPTER.rungs, ADAPTER.kept_energy, answer, price_per_rank=0.01, prices=PriceTable(default, tokens)
+    ),
+    PRICE_ROWS,
+    st.dictionaries(st.integers(0, 9), PRICE_ROWS),
+    st.sampled_from(ADAPTER.rungs),
 )
 
 
@@ -34,17 +47,26 @@ class Scenario:
     seed: int
     results_before_signals: bool
     ahead: bool = False
+    pressure: tuple[int, ...] = ()
+    cuts: int = 0
+
+    @property
+    def planned(self) -> bool:
+        """Whether ranks are planned, so that only their changes are told, and where they change chunks are cut."""
+        return bool(self.policy.adapters) or self.policy.rank.source == "roles"
 
 
 @dataclass
 class Request:
-    """One request as the simulated loop sees it; ``computed`` counts the positions of all steps started so far."""
+    """One request as the simulated loop sees it; ``computed`` counts the positions of all steps started so far,
+    ``cuts`` says how its prompt is cut into them."""
 
     id: int
     prompt: list[int]
     adapter: AdapterInfo | None
     arrival: int
     new_tokens: int
+    cuts: random.Random
     computed: int = 0
     generated: int = 0
     chunks: list[ChunkDecision] = field(default_factory=list)
@@ -64,20 +86,39 @@ def scenarios(draw: st.DrawFn) -> Scenario:
     policy = SteeringPolicy(
         estimator=EstimatorPolicy(gain=draw(st.floats(0.5, 8.0))),
         chunker=chunker,
-        rank=RankPolicy(crossfade=draw(st.integers(0, 8)), energy_exponent=draw(st.sampled_from([0.0, 1.0]))),
+        rank=RankPolicy(
+            source=draw(st.sampled_from(["complexity", "roles"])),
+            prompt_rung=draw(st.sampled_from([None, 2, 3, 32])),
+            answer_rung=draw(st.sampled_from([None, 0, 2])),
+            crossfade=draw(st.integers(0, 8)),
+            energy_exponent=draw(st.sampled_from([0.0, 1.0])),
+        ),
         kv=KvPolicy(
-            easy_below=draw(st.floats(0.0, 1.0)),
+            kind=draw(st.sampled_from(["complexity", "complexity", "keep", "window", "full"])),
+            when=draw(st.sampled_from(["always", "pressure"])),
+            easy_below=draw(st.floats(0.0, 0.5)),
+            hard_above=draw(st.floats(0.5, 1.0)),
+            window_tokens=draw(st.integers(0, 40)),
             sink_tokens=draw(st.integers(0, 20)),
             recent_tokens=draw(st.integers(0, 30)),
+            block_tokens=draw(st.integers(1, 30)),
         ),
+        adapters={"a": draw(SECTIONS)} if draw(st.booleans()) else {},
     )
-    return Scenario(policy, draw(st.integers(1, 5)), draw(st.integers(0, 2**32)), draw(st.booleans()))
+    return Scenario(
+        policy,
+        draw(st.integers(1, 5)),
+        draw(st.integers(0, 2**32)),
+        draw(st.booleans()),
+        pressure=tuple(draw(st.lists(st.integers(0, 40), max_size=5))),
+    )
 
 
 class Loop:
     """Flush, start step n, observe step n-1, take the results of step n; checks what must hold at every flush.
 
-    With ``ahead``, the flush of step n+1 comes before the results of step n, unless a request arrives between them.
+    Memory is short before the steps of ``pressure``. With ``ahead``, the flush of step n+1 comes before the results of
+    step n, unless a request arrives or memory is short between them.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -87,6 +128,8 @@ class Loop:
         self._random = random.Random(scenario.seed)
         self._results_before_signals = scenario.results_before_signals
         self._ahead = scenario.ahead
+        self._pressure = scenario.pressure
+        self._cuts = random.Random(scenario.cuts)
         self._trailing = StepSignals(0)
         self.requests = [self._request(index) for index in range(scenario.requests)]
 
@@ -97,6 +140,8 @@ class Loop:
             for request in live:
                 if request.arrival == step:
                     self.controller.admit(request.id, request.prompt, request.adapter)
+            for _ in range(self._pressure.count(step)):
+                self.controller.compress_next()
             if not flushed:
                 self._flush()
             signals = StepSignals(step, tuple(self._compute(live)))
@@ -105,7 +150,8 @@ class Loop:
                 self.controller.observe(self._trailing)
             else:
                 self.controller.observe(self._trailing)
-                flushed = self._ahead and all(request.arrival != step + 1 for request in self.requests)
+                plain = all(request.arrival != step + 1 for request in self.requests)
+                flushed = self._ahead and plain and step + 1 not in self._pressure
                 if flushed:
                     self._flush(ahead=True)
                 self._take_results(live)
@@ -120,8 +166,9 @@ class Loop:
             id=100 + index,
             prompt=[self._random.randrange(alphabet) for _ in range(self._random.randint(1, 60))],
             adapter=self._random.choice([ADAPTER, ADAPTER, None]),
-            arrival=self._random.randrange(20),
+            arrival=self._random.randrange(20) + self._cuts.randrange(5),
             new_tokens=self._random.randint(1, 60),
+            cuts=random.Random(self._cuts.random()),
         )
 
     def _flush(self, ahead: bool = False) -> None:
@@ -139,21 +186,22 @@ class Loop:
             request = by_id[decision.request_id]
             assert request.report is None
             assert self.policy.kv.sink_tokens <= decision.start < decision.end
-            assert decision.end <= request.computed - self.policy.kv.recent_tokens
+            assert decision.effective >= decision.end + self.policy.kv.protected_tokens
+            assert decision.effective >= request.computed, "what it bears on is not computed"
             request.kv.append(decision)
 
     def _compute(self, live: list[Request]) -> Iterator[SequenceSignals]:
         for request in live:
             remaining = len(request.prompt) - request.computed
-            request.computed += self._random.randint(1, remaining) if remaining > 0 else 1
-            spread = self._random.choice([None, self._random.random()])
-            yield SequenceSignals(request.id, request.computed - 1, self._random.random(), spread)
+            request.computed += request.cuts.randint(1, remaining) if remaining > 0 else 1
+            draw = random.Random(f"{request.prompt} {request.computed}")
+            yield SequenceSignals(request.id, request.computed - 1, draw.random(), draw.choice([None, draw.random()]))
 
     def _take_results(self, live: list[Request]) -> None:
         for request in live:
             if request.computed < len(request.prompt):
                 continue
-            self.controller.extend(request.id, self._random.randrange(1000))
+            self.controller.extend(request.id, random.Random(request.computed).randrange(1000))
             request.generated += 1
             if request.generated == request.new_tokens:
                 expected = self.controller.report(request.id, request.computed)
@@ -184,10 +232,15 @@ def test_chunks_tile_every_request_within_the_bounds(scenario: Scenario) -> None
         chunks = report.chunks
         assert (chunks[0].start, chunks[-1].end) == (0, request.computed)
         assert all(before.end == after.start for before, after in pairwise(chunks))
-        assert all(low <= chunk.end - chunk.start <= high for chunk in chunks[:-1])
+        lowest = 1 if scenario.planned and request.adapter is not None else low
+        assert all(lowest <= chunk.end - chunk.start <= high for chunk in chunks[:-1])
         assert 1 <= chunks[-1].end - chunks[-1].start <= high
         weighted = sum((chunk.end - chunk.start) * chunk.rank for chunk in chunks)
         assert abs(report.mean_rank - weighted / request.computed) < 1e-9
+
+
+def _gate(chunk: ChunkReport) -> tuple[float | None, float]:
+    return chunk.rung, chunk.scale
 
 
 @given(scenarios())
@@ -203,7 +256,8 @@ def test_decisions_are_the_reported_chunks_in_ascending_order(scenario: Scenario
         assert all(before.start < after.start for before, after in pairwise(request.chunks))
         reported = [
             ChunkDecision(request.id, chunk.start, chunk.rung, chunk.scale, chunk.crossfade)
-            for chunk in request.report.chunks
+            for i, chunk in enumerate(request.report.chunks)
+            if not scenario.planned or i == 0 or _gate(chunk) != _gate(request.report.chunks[i - 1])
         ]
         assert [decision for decision in request.chunks if decision.start < request.computed] == reported
         assert request.chunks[0].crossfade == 0
@@ -215,17 +269,38 @@ def test_decisions_are_the_reported_chunks_in_ascending_order(scenario: Scenario
 
 @given(scenarios())
 @settings(deadline=None, max_examples=150)
-def test_kv_decisions_are_easy_chunks_that_never_overlap(scenario: Scenario) -> None:
+def test_kv_decisions_are_chunks_by_complexity_that_never_overlap(scenario: Scenario) -> None:
     loop = Loop(scenario)
     loop.run()
+    rule = kv_rule(scenario.policy.kv)
     for request in loop.requests:
         assert request.report is not None
         assert all(before.end <= after.start for before, after in pairwise(request.kv))
-        told = {chunk.end: chunk for chunk in request.report.chunks if chunk.kv is KvFormat.INT8}
-        for decision in request.kv:
-            chunk = told[decision.end]
+        assert all(before.effective <= after.effective for before, after in pairwise(request.kv))
+        reported = {chunk.end: chunk for chunk in request.report.chunks}
+        took_effect = [decision for decision in request.kv if decision.effective < request.computed]
+        for decision in took_effect:
+            chunk = reported[decision.end]
             assert decision.start == max(chunk.start, scenario.policy.kv.sink_tokens)
-            assert chunk.complexity < scenario.policy.kv.easy_below
+            assert (chunk.kv, chunk.kv_dropped) == (decision.format, decision.drop_percent / 100)
+            # The last token of the prompt is judged anew after a chunk that ends there was decided on.
+            if decision.end != len(request.prompt):
+                choice = rule.choose(chunk.complexity)
+                assert (decision.format, decision.drop_percent) == (choice.format, choice.drop_percent)
+        compressed = [chunk for chunk in request.report.chunks if chunk.kv is not KvFormat.FULL or chunk.kv_dropped]
+        assert len(compressed) == len(took_effect)
+
+
+@given(scenarios(), st.integers(1, 1000))
+@settings(deadline=None, max_examples=150)
+def test_what_is_decided_follows_from_the_request_alone(scenario: Scenario, cuts: int) -> None:
+    """Whoever else is there, however its prompt is cut, unless memory was short."""
+    scenario = replace(scenario, policy=replace(scenario.policy, kv=replace(scenario.policy.kv, when="always")))
+    one, other = Loop(scenario), Loop(replace(scenario, cuts=cuts))
+    one.run()
+    other.run()
+    for request, twin in zip(one.requests, other.requests, strict=True):
+        assert (twin.chunks, twin.kv, twin.report) == (request.chunks, request.kv, request.report)
 
 
 @given(scenarios())

@@ -57,6 +57,12 @@ class PageAllocator:
         fitting = (self.budget_bytes - self.bytes_held) // self.page_bytes[kind]
         return min(fitting, self._capacities[kind] - len(self._holders[kind]))
 
+    def room(self, kind: KvFormat) -> int:
+        """Pages of this format that could be allocated if all idle pages were given up."""
+        idle_bytes = sum(pages * self.page_bytes[idle] for idle, pages in self._idle.items())
+        fitting = (self.budget_bytes - self.bytes_held + idle_bytes) // self.page_bytes[kind]
+        return min(fitting, self._capacities[kind] - len(self._holders[kind]) + self._idle[kind])
+
     def pages(self, kind: KvFormat) -> int:
         """Pages of this format that a sequence holds."""
         return len(self._holders[kind]) - self._idle[kind]

@@ -250,19 +250,15 @@ class AdapterInfo(google.protobuf.message.Message):
     ADAPTER_ID_FIELD_NUMBER: builtins.int
     CONTENT_HASH_FIELD_NUMBER: builtins.int
     TRAINED_RANK_FIELD_NUMBER: builtins.int
-    RUNGS_FIELD_NUMBER: builtins.int
     KEPT_ENERGY_FIELD_NUMBER: builtins.int
     MEAN_ACTIVE_RANK_FIELD_NUMBER: builtins.int
+    RUNGS_FIELD_NUMBER: builtins.int
     adapter_id: builtins.str
     """adapter_id is the name by which requests ask for the adapter."""
     content_hash: builtins.str
     """content_hash identifies the adapter's weights and configuration (SHA-256, hex)."""
     trained_rank: builtins.int
     """trained_rank is the largest rank the adapter was trained with."""
-    @property
-    def rungs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """rungs are the ladder's rank budgets per module, ascending; the last is the full adapter. 0 means "skip the adapter"."""
-
     @property
     def kept_energy(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """kept_energy is, per rung, the share of the adapter's squared singular values kept at that rung, in [0, 1]."""
@@ -271,15 +267,21 @@ class AdapterInfo(google.protobuf.message.Message):
     def mean_active_rank(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """mean_active_rank is, per rung, the rank averaged over the adapter's modules."""
 
+    @property
+    def rungs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """rungs are the ladder's rank budgets per module, ascending; the last is the full adapter. 0 means "skip the adapter";
+        a fraction is a budget for all modules together: 0.25 gives a rank to every fourth.
+        """
+
     def __init__(
         self,
         *,
         adapter_id: builtins.str = ...,
         content_hash: builtins.str = ...,
         trained_rank: builtins.int = ...,
-        rungs: collections.abc.Iterable[builtins.int] | None = ...,
         kept_energy: collections.abc.Iterable[builtins.float] | None = ...,
         mean_active_rank: collections.abc.Iterable[builtins.float] | None = ...,
+        rungs: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
     def ClearField(self, field_name: typing.Literal["adapter_id", b"adapter_id", "content_hash", b"content_hash", "kept_energy", b"kept_energy", "mean_active_rank", b"mean_active_rank", "rungs", b"rungs", "trained_rank", b"trained_rank"]) -> None: ...
 
@@ -486,6 +488,7 @@ class Request(google.protobuf.message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     CHUNK_LEN_FIELD_NUMBER: builtins.int
     PROMPT_IDS_FIELD_NUMBER: builtins.int
+    RESUMED_IDS_FIELD_NUMBER: builtins.int
     id: builtins.int
     inputs: builtins.str
     truncate: builtins.int
@@ -512,6 +515,12 @@ class Request(google.protobuf.message.Message):
     def prompt_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """prompt_ids are the prompt's token ids as the router computed them; empty makes the shard tokenise the text itself."""
 
+    @property
+    def resumed_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """resumed_ids are the first tokens of the answer, which the request got before it was pre-empted. It goes on behind
+        them as if nothing had happened: they count as generated, and no Generation repeats them. Fewer than max_new_tokens.
+        """
+
     def __init__(
         self,
         *,
@@ -530,9 +539,10 @@ class Request(google.protobuf.message.Message):
         add_special_tokens: builtins.bool = ...,
         chunk_len: builtins.int | None = ...,
         prompt_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        resumed_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_adapter_id", b"_adapter_id", "_chunk_len", b"_chunk_len", "adapter_id", b"adapter_id", "chunk_len", b"chunk_len", "input_chunks", b"input_chunks", "parameters", b"parameters", "stopping_parameters", b"stopping_parameters"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_adapter_id", b"_adapter_id", "_chunk_len", b"_chunk_len", "adapter_id", b"adapter_id", "add_special_tokens", b"add_special_tokens", "blocks", b"blocks", "cache_len", b"cache_len", "chunk_len", b"chunk_len", "id", b"id", "input_chunks", b"input_chunks", "inputs", b"inputs", "parameters", b"parameters", "prefill_logprobs", b"prefill_logprobs", "prompt_ids", b"prompt_ids", "slots", b"slots", "stopping_parameters", b"stopping_parameters", "top_n_tokens", b"top_n_tokens", "truncate", b"truncate"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_adapter_id", b"_adapter_id", "_chunk_len", b"_chunk_len", "adapter_id", b"adapter_id", "add_special_tokens", b"add_special_tokens", "blocks", b"blocks", "cache_len", b"cache_len", "chunk_len", b"chunk_len", "id", b"id", "input_chunks", b"input_chunks", "inputs", b"inputs", "parameters", b"parameters", "prefill_logprobs", b"prefill_logprobs", "prompt_ids", b"prompt_ids", "resumed_ids", b"resumed_ids", "slots", b"slots", "stopping_parameters", b"stopping_parameters", "top_n_tokens", b"top_n_tokens", "truncate", b"truncate"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_adapter_id", b"_adapter_id"]) -> typing.Literal["adapter_id"] | None: ...
     @typing.overload
@@ -577,10 +587,16 @@ class CachedBatch(google.protobuf.message.Message):
     SIZE_FIELD_NUMBER: builtins.int
     MAX_TOKENS_FIELD_NUMBER: builtins.int
     CURRENT_TOKENS_FIELD_NUMBER: builtins.int
+    FREE_PAGES_FIELD_NUMBER: builtins.int
     id: builtins.int
     size: builtins.int
     max_tokens: builtins.int
     current_tokens: builtins.int
+    free_pages: builtins.int
+    """free_pages is how many pages of format "full" the KV cache has room for beyond what all live requests of the shard
+    need for the tokens they have, those of the next step included; pages kept for reuse alone count as room. Below 0,
+    the next steps lack pages. Unset by a server that does not tell, and without meaning in a request.
+    """
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
@@ -591,8 +607,11 @@ class CachedBatch(google.protobuf.message.Message):
         size: builtins.int = ...,
         max_tokens: builtins.int = ...,
         current_tokens: builtins.int = ...,
+        free_pages: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["current_tokens", b"current_tokens", "id", b"id", "max_tokens", b"max_tokens", "request_ids", b"request_ids", "size", b"size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_free_pages", b"_free_pages", "free_pages", b"free_pages"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_free_pages", b"_free_pages", "current_tokens", b"current_tokens", "free_pages", b"free_pages", "id", b"id", "max_tokens", b"max_tokens", "request_ids", b"request_ids", "size", b"size"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_free_pages", b"_free_pages"]) -> typing.Literal["free_pages"] | None: ...
 
 Global___CachedBatch: typing_extensions.TypeAlias = CachedBatch
 
