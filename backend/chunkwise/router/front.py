@@ -187,7 +187,7 @@ async def prepare(settings: FrontSettings, shards: Shards) -> Front:
     tokenizer = Tokenizer(settings.model_dir)
     info = await shards.info()
     adapters = {adapter.adapter_id: adapter for adapter in info.adapters}
-    controller = SteeringController(settings.policy) if settings.policy is not None else None
+    controller = SteeringController(settings.policy, info.page_size) if settings.policy is not None else None
     helm = Helm(shards, controller, adapters, Metrics(info.max_position_embeddings))
     base_names = {settings.model_id, Path(settings.model_id).name}
     relay = Relay(shards, helm, tokenizer, base_names=base_names, adapter_names=adapters)

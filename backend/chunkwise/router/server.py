@@ -75,7 +75,7 @@ async def prepare(settings: RouterSettings, shards: Shards) -> Serving:
     adapters = {adapter.adapter_id: adapter for adapter in info.adapters}
     metrics = Metrics(agreed.max_total_tokens)
     metrics.batch_total_tokens.set(agreed.max_supported_total_tokens)
-    controller = SteeringController(settings.policy) if settings.policy is not None else None
+    controller = SteeringController(settings.policy, info.page_size) if settings.policy is not None else None
     loop = Loop(
         shards,
         Helm(shards, controller, adapters, metrics),
