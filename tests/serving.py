@@ -56,7 +56,7 @@ class Driver:
         model = Llama(model_dir, group or SingleProcess(), dtype, CPU, kernel_threads=kernels)
         store = AdapterStore(target_slices(model.spec, model.plan), dtype, CPU)
         for name, path in (adapters or {}).items():
-            store.add(build_ladder(load_adapter(path, name, model.spec.target_shapes())))
+            store.add(build_ladder(load_adapter(path, name, model.spec.target_shapes()), allocation="global"))
         self.decisions = DecisionTable(timeout_seconds=1.0)
         self._session = self.decisions.start_session()
         tokenizer = Tokenizer(model_dir)

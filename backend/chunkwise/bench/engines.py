@@ -26,6 +26,7 @@ _GGUF_OF_QUANTIZE = {"int8": "Q8_0"}
 # Rank moves between 8 and 16 with the text, so its mean lies near 12; the cache stays full, to measure rank alone.
 STEERED_POLICY = """\
 [rank]
+source = "complexity"
 min_rank = 5
 max_rank = 16
 [kv]
