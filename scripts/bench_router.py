@@ -34,7 +34,7 @@ from fetch_model import cache_directory
 from stub_shard import STUB_ADAPTERS, prompt
 
 SCRIPTS = Path(__file__).parent
-_KEPT_FULL = '[kv]\neasy_format = "full"\n'
+_KEPT_FULL = '[kv]\nkind = "full"\n'
 
 
 def cpu_seconds(pid: int) -> float:

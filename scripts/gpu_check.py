@@ -97,7 +97,7 @@ def check_model(model: Path, device: torch.device, dtypes: Sequence[torch.dtype]
     for compress in (False, True):
         expected = play(Session(reference, ladders, 64), compress=compress)
         for dtype in dtypes:
-            name = f"{str(dtype).removeprefix('torch.')}{', int8 pages' if compress else ''}"
+            name = f"{str(dtype).removeprefix('torch.')}{', small pages' if compress else ''}"
             tolerance = max(TOLERANCES[dtype], _INT8_TOLERANCE if compress else 0.0)
             eager = play(Session(load(model, dtype, device), ladders, 64), compress=compress)
             results[f"model, {name}"] = compare(eager, expected, tolerance)

@@ -57,7 +57,7 @@ class Session:
         store = AdapterStore(target_slices(model.spec, model.plan), model.dtype, model.device)
         self.adapters = [store.add(ladder) for ladder in ladders]
         shape = model.kv_shape(PAGE_SIZE)
-        # On a GPU a quarter of the budget goes to int8 pages.
+        # On a GPU some of the budget goes to small pages.
         self.cache = KvCache(shape, model.dtype, model.device, 2 * pages * shape.page_bytes(model.dtype)[KvFormat.FULL])
         self.streams: dict[str, Stream] = {}
 
@@ -67,10 +67,11 @@ class Session:
         self.streams[name] = Stream(None if adapter is None else self.adapters[adapter], decisions)
 
     def compress(self, name: str) -> None:
-        """Store the complete pages of a sequence in 8 bits."""
+        """Store the complete pages of a sequence in 8 bits, every other of them in 4."""
         stream = self.streams[name]
         complete = stream.computed // PAGE_SIZE
-        stream.pages[:complete] = self.cache.compress(stream.pages[:complete])
+        for first, kind in enumerate((KvFormat.INT8, KvFormat.INT4)):
+            stream.pages[first:complete:2] = self.cache.compress(stream.pages[first:complete:2], kind)
 
     def step(self, tokens: Mapping[str, Sequence[int]]) -> StepOutput:
         """Compute ``tokens`` of the named sequences, those with one token first; outputs are in that order."""

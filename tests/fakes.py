@@ -57,6 +57,7 @@ class FakeSequence:
     request: GenerationRequest
     computed: int = 0
     letters: str = ""
+    cuts: list[int] = field(default_factory=list)
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -64,8 +65,9 @@ class FakeSequence:
 
     @property
     def pending(self) -> int:
-        """Positions that the next step has to compute if nothing limits it."""
-        return max(1, len(self.prompt) - self.computed)
+        """Positions that the next step has to compute if nothing limits it but the KV decisions to come."""
+        cut = min((at for at in self.cuts if at > self.computed), default=len(self.prompt))
+        return max(1, min(cut, len(self.prompt)) - self.computed)
 
 
 def letter(request: GenerationRequest, index: int) -> str:
@@ -103,6 +105,7 @@ class FakeShards:
     computed: dict[int, int] = field(default_factory=dict)
     chunk_starts: dict[int, int] = field(default_factory=dict)
     kv_ends: dict[int, int] = field(default_factory=dict)
+    kv_cuts: dict[int, list[int]] = field(default_factory=dict)
     applied_seq: int = 0
     closed: bool = False
     health_error: GenerationFailed | None = None
@@ -132,7 +135,7 @@ class FakeShards:
             old = self.batches.pop(cached.id) if cached is not None else []
             self._enter(Call("prefill", tuple(request.id for request in requests), seq, step))
             self._apply(seq)
-            new = [FakeSequence(request) for request in requests]
+            new = [FakeSequence(request, cuts=self.kv_cuts.setdefault(request.id, [])) for request in requests]
             return await self._run(cached.id if cached is not None else batch_id, old + new, step)
 
     async def decode(
@@ -222,10 +225,12 @@ class FakeShards:
         self.chunk_starts[chunk.request_id] = chunk.start
 
     def _compress(self, kv: KvDecision) -> None:
-        """As `shard.sequence.Sequence.permit_compression`."""
-        if not self.kv_ends.get(kv.request_id, 0) <= kv.start < kv.end <= self.computed.get(kv.request_id, 0):
-            raise SteeringViolation(f"{kv} is not a computed range behind {self.kv_ends}: {self.computed}")
+        """Ranges ascend and are computed when they are to be rewritten, which nothing computed has missed."""
+        in_time = self.computed.get(kv.request_id, 0) <= kv.effective
+        if not self.kv_ends.get(kv.request_id, 0) <= kv.start < kv.end <= kv.effective or not in_time:
+            raise SteeringViolation(f"{kv} comes too late or behind {self.kv_ends}: {self.computed}")
         self.kv_ends[kv.request_id] = kv.end
+        self.kv_cuts.setdefault(kv.request_id, []).append(kv.effective)
 
     def _cached(self, batch_id: int) -> CachedBatch:
         sequences = self.batches[batch_id]

@@ -175,13 +175,14 @@ class Rig:
         self._free = [numbers[i] for i in order]
 
     def line(
-        self, length: int, adapter: ResidentAdapter | None = None, chunks: Sequence[ChunkDecision] = (), int8: int = 0
+        self, length: int, adapter: ResidentAdapter | None = None, chunks: Sequence[ChunkDecision] = (), small: int = 0
     ) -> Line:
-        """A new sequence with room for ``length`` tokens, in pages that do not follow each other; every other of its
-        first ``int8`` pages is in 8 bits."""
+        """A new sequence with room for ``length`` tokens, in pages that do not follow each other; of its first
+        ``small`` pages one third is in 8 bits and one in 4."""
         size = self.cache.shape.page_size
         pages = [self._free.pop() for _ in range(-(-length // size))]
-        pages[:int8:2] = self.cache.compress(pages[:int8:2])
+        for first, kind in enumerate((KvFormat.INT8, KvFormat.INT4)):
+            pages[first:small:3] = self.cache.compress(pages[first:small:3], kind)
         ids = torch.randint(self.model.spec.vocab, (length + 1,), generator=self._random).tolist()
         return Line(ids, pages, adapter, list(chunks))
 

@@ -24,7 +24,7 @@ from fakes import FakeShards
 POLICY = SteeringPolicy(
     chunker=ChunkerPolicy(min_length=2, max_length=4),
     rank=RankPolicy(source="complexity"),
-    kv=KvPolicy(easy_below=0.9, sink_tokens=2, recent_tokens=3),
+    kv=KvPolicy(when="always", easy_below=0.5, hard_above=0.9, sink_tokens=2, recent_tokens=3, block_tokens=8),
 )
 BOS, EOS = "<s>", "</s>"
 

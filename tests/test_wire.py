@@ -76,7 +76,7 @@ KV_DECISION = st.builds(
     U32,
 )
 USAGE = st.builds(core.KvUsage, st.sampled_from(core.KvFormat), U64, U64)
-STATE = st.builds(core.ShardState, U32, U32, st.lists(USAGE, max_size=3).map(tuple), U64, U64)
+STATE = st.builds(core.ShardState, U32, U32, st.lists(USAGE, max_size=3).map(tuple), U64, U64, U64, U64, U64)
 UPDATE = st.builds(
     core.SteeringUpdate,
     U64,

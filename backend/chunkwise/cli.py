@@ -21,6 +21,7 @@ _COMMANDS = {
     "eval": "chunkwise.evaluation.command",
     "ladder": "chunkwise.evaluation.ladder_command",
     "calibrate": "chunkwise.evaluation.calibrate_command",
+    "experiments": "chunkwise.evaluation.experiments.command",
 }
 
 

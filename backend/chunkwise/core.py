@@ -118,6 +118,7 @@ class GenerationRequest:
     ``prompt_ids`` are the router's token ids; when None the shard tokenises ``inputs`` and keeps the last ``truncate``
     ids (0: all). ``chunk_len`` limits the first step to that many prompt tokens. ``forced_ids``, one per new token, are
     the answer whatever the model prefers (teacher forcing, for evaluation); generate.v3 cannot ask for it.
+    ``resumed_ids`` are the tokens that the request got before it was pre-empted; it goes on behind them.
     """
 
     id: int
@@ -132,6 +133,7 @@ class GenerationRequest:
     chunk_len: int | None = None
     prefill_logprobs: bool = False
     forced_ids: tuple[int, ...] = ()
+    resumed_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,12 +181,17 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class CachedBatch:
-    """The live batch of a shard. ``max_tokens`` and ``current_tokens`` are token counts, as in generate.v3."""
+    """The live batch of a shard. ``max_tokens`` and ``current_tokens`` are token counts, as in generate.v3.
+
+    ``free_pages`` is how many full pages the KV cache has room for beyond what all live requests need for the tokens
+    they have, those of the next step included; below 0 the next steps lack pages. None: the shard does not tell.
+    """
 
     id: int
     request_ids: tuple[int, ...]
     max_tokens: int
     current_tokens: int
+    free_pages: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,8 +331,9 @@ class KvUsage:
 
 @dataclass(frozen=True, slots=True)
 class ShardState:
-    """What a shard holds at this moment. ``reused_tokens`` counts, since the start, prompt tokens that were not
-    computed because an earlier request had computed them."""
+    """What a shard holds at this moment. Since the start, ``reused_tokens`` counts prompt tokens that were not computed
+    because an earlier request had computed them, ``kv_rewritten_pages`` the pages that KV decisions turned into smaller
+    ones, fewer or none, ``kv_dropped_tokens`` the tokens given up with them."""
 
     sequences: int = 0
     steered_requests: int = 0
@@ -333,3 +341,5 @@ class ShardState:
     kv_bytes_budget: int = 0
     resident_bytes: int = 0
     reused_tokens: int = 0
+    kv_rewritten_pages: int = 0
+    kv_dropped_tokens: int = 0

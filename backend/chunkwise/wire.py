@@ -59,6 +59,7 @@ def request_from_pb(request: pb.Request) -> core.GenerationRequest:
         top_n_tokens=request.top_n_tokens,
         chunk_len=request.chunk_len if request.HasField("chunk_len") else None,
         prefill_logprobs=request.prefill_logprobs,
+        resumed_ids=tuple(request.resumed_ids),
     )
 
 
@@ -92,6 +93,7 @@ def request_to_pb(request: core.GenerationRequest) -> pb.Request:
         chunk_len=request.chunk_len,
         prefill_logprobs=request.prefill_logprobs,
         prompt_ids=request.prompt_ids or (),
+        resumed_ids=request.resumed_ids,
     )
 
 
@@ -107,7 +109,8 @@ def batch_to_pb(batch_id: int, requests: Sequence[core.GenerationRequest]) -> pb
 
 def cached_batch_from_pb(batch: pb.CachedBatch) -> core.CachedBatch:
     """A batch that the shard holds."""
-    return core.CachedBatch(batch.id, tuple(batch.request_ids), batch.max_tokens, batch.current_tokens)
+    free_pages = batch.free_pages if batch.HasField("free_pages") else None
+    return core.CachedBatch(batch.id, tuple(batch.request_ids), batch.max_tokens, batch.current_tokens, free_pages)
 
 
 def cached_batch_to_pb(batch: core.CachedBatch) -> pb.CachedBatch:
@@ -118,6 +121,7 @@ def cached_batch_to_pb(batch: core.CachedBatch) -> pb.CachedBatch:
         size=len(batch.request_ids),
         max_tokens=batch.max_tokens,
         current_tokens=batch.current_tokens,
+        free_pages=batch.free_pages,
     )
 
 
@@ -275,6 +279,8 @@ def state_to_pb(state: core.ShardState) -> pb.ShardState:
         kv_bytes_budget=state.kv_bytes_budget,
         resident_bytes=state.resident_bytes,
         reused_tokens=state.reused_tokens,
+        kv_rewritten_pages=state.kv_rewritten_pages,
+        kv_dropped_tokens=state.kv_dropped_tokens,
     )
 
 
@@ -291,6 +297,8 @@ def state_from_pb(state: pb.ShardState) -> core.ShardState:
         kv_bytes_budget=state.kv_bytes_budget,
         resident_bytes=state.resident_bytes,
         reused_tokens=state.reused_tokens,
+        kv_rewritten_pages=state.kv_rewritten_pages,
+        kv_dropped_tokens=state.kv_dropped_tokens,
     )
 
 

@@ -30,7 +30,8 @@ source = "complexity"
 min_rank = 1
 max_rank = 8
 [kv]
-easy_below = 1.0
+kind = "int8"
+when = "always"
 sink_tokens = 4
 recent_tokens = 8
 """

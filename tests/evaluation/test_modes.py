@@ -20,7 +20,7 @@ def test_a_fixed_rung_holds_for_prompt_and_answer(rung: float) -> None:
     assert plan is not None
     ((start, choice),) = plan.chunks([1, 2, 3])
     assert (start, choice.rung, choice.scale) == (0, rung, 1.0)
-    assert (mode.policy.rank.crossfade, mode.policy.kv.easy_format) == (0, "full")
+    assert (mode.policy.rank.crossfade, mode.policy.kv.kind) == (0, "full")
 
 
 def test_modes_by_name(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ def test_sections_read_back_the_same_and_stand_beside_each_other() -> None:
     text = section_text('a "b".c', PRICED, ["measured", ""], TEXTS.__getitem__) + "\n"
     text += section_text("d", FIXED, [], TEXTS.__getitem__)
     assert parse_policy(text).adapters == {'a "b".c': PRICED, "d": FIXED}
-    assert parse_policy(f'[kv]\neasy_format = "full"\n{text}').kv.easy_format == "full"
+    assert parse_policy(f'[kv]\nkind = "full"\n{text}').kv.kind == "full"
 
 
 def test_rows_say_which_token_they_are_for() -> None:

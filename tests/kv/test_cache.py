@@ -1,10 +1,12 @@
-"""What is written comes back: exactly from full pages, within half a quantisation step from int8 pages."""
+"""What is written comes back: exactly from full pages, within half a quantisation step from small ones."""
 
+from __future__ import annotations
+
+import pytest
 import torch
 
-from chunkwise.core import KvFormat
+from chunkwise.core import KvFormat, KvScorer
 from chunkwise.kv.cache import KvCache, KvShape, plan_gather
-from chunkwise.kv.formats import dequantize_keys, dequantize_values, quantize_keys, quantize_values
 
 SHAPE = KvShape(layers=2, heads=3, head_dim=8, page_size=4)
 CPU = torch.device("cpu")
@@ -36,19 +38,31 @@ def test_full_pages_are_exact_and_keep_the_order_of_the_table() -> None:
     assert torch.equal(got_values.view(shape), values[1].view(shape)[order])
 
 
-def test_compressed_pages_return_memory_and_stay_within_half_a_step() -> None:
+SMALL = pytest.mark.parametrize("kind", [KvFormat.INT8, KvFormat.INT4])
+
+
+def _steps(x: torch.Tensor, dim: int, kind: KvFormat) -> torch.Tensor:
+    """The distance of two levels, for each number."""
+    if kind is KvFormat.INT8:
+        return (x.abs().amax(dim=dim, keepdim=True) / 127).expand_as(x)
+    return ((x.amax(dim=dim, keepdim=True) - x.amin(dim=dim, keepdim=True)) / 15 * 1.02 + 1e-2).expand_as(x)
+
+
+@SMALL
+def test_compressed_pages_return_memory_and_stay_within_half_a_step(kind: KvFormat) -> None:
     cache = _cache()
     refs, keys, values = _fill(cache, 3)
     before = cache.allocator.bytes_held
-    refs[0], refs[2] = cache.compress([refs[0], refs[2]])
+    refs[0], refs[2] = cache.compress([refs[0], refs[2]], kind)
     cache.allocator.check_integrity([refs])
-    full, int8 = (cache.allocator.page_bytes[kind] for kind in (KvFormat.FULL, KvFormat.INT8))
-    assert cache.allocator.bytes_held == before - 2 * (full - int8)
+    full, small = (cache.allocator.page_bytes[k] for k in (KvFormat.FULL, kind))
+    assert cache.allocator.bytes_held == before - 2 * (full - small)
+    assert cache.rewritten_pages == 2
     for layer in range(SHAPE.layers):
         got_keys, got_values = cache.gather(layer, plan_gather(refs, CPU))
         per_page = keys[layer].view(3, SHAPE.page_size, SHAPE.heads, SHAPE.head_dim)
-        key_step = (per_page.abs().amax(dim=1, keepdim=True) / 127).expand_as(per_page).reshape_as(keys[layer])
-        value_step = values[layer].abs().amax(dim=-1, keepdim=True) / 127
+        key_step = _steps(per_page, 1, kind).reshape_as(keys[layer])
+        value_step = _steps(values[layer], -1, kind)
         assert ((got_keys - keys[layer]).abs() <= key_step / 2 + 1e-6).all()
         assert ((got_values - values[layer]).abs() <= value_step / 2 + 1e-6).all()
         middle = slice(SHAPE.page_size, 2 * SHAPE.page_size)
@@ -56,13 +70,78 @@ def test_compressed_pages_return_memory_and_stay_within_half_a_step() -> None:
         assert not torch.equal(got_keys, keys[layer])
 
 
-def test_quantisation_keeps_zeros_and_extremes() -> None:
-    x = torch.zeros(2, 4, 3, 8)
-    x[0, 1, 2, 3] = 5.0
-    x[1, 0, 0, 0] = -7.0
-    for quantize, dequantize in ((quantize_keys, dequantize_keys), (quantize_values, dequantize_values)):
-        q, scale = quantize(x)
-        assert torch.allclose(dequantize(q, scale, torch.float32), x, atol=1e-6)
+def test_pages_only_ever_become_smaller() -> None:
+    cache = _cache()
+    refs, keys, _ = _fill(cache, 2)
+    refs = cache.compress(refs, KvFormat.INT8)
+    assert cache.compress(refs, KvFormat.INT8) == refs
+    assert cache.compress(refs, KvFormat.FULL) == refs
+    refs[1:] = cache.compress(refs[1:], KvFormat.INT4)
+    assert [ref.format for ref in refs] == [KvFormat.INT8, KvFormat.INT4]
+    cache.allocator.check_integrity([refs])
+    got = cache.gather(0, plan_gather(refs, CPU))[0]
+    assert (got - keys[0]).abs().max() < 0.5
+
+
+def _scores(keys: torch.Tensor, scorer: KvScorer) -> torch.Tensor:
+    """``keys`` [tokens, dim]."""
+    if scorer is KvScorer.KEY_NORM:
+        return -keys.pow(2).sum(-1).sqrt()
+    directions = keys / keys.pow(2).sum(-1, keepdim=True).sqrt()
+    mean = directions.mean(0)
+    return -(directions @ mean) / mean.pow(2).sum().sqrt()
+
+
+@pytest.mark.parametrize("kind", list(KvFormat))
+@pytest.mark.parametrize("scorer", list(KvScorer))
+def test_packing_keeps_the_tokens_each_head_ranks_highest_in_their_order(kind: KvFormat, scorer: KvScorer) -> None:
+    cache = _cache()
+    refs, keys, values = _fill(cache, 5)
+    others = [refs[0], refs[4]]
+    held = cache.pack(refs[1:4], kind, 2, scorer)
+    assert held is not None
+    assert [ref.format for ref in held] == [kind] * 2
+    cache.allocator.check_integrity([others, held])
+    assert (cache.rewritten_pages, cache.dropped_tokens) == (3, SHAPE.page_size)
+    run = slice(SHAPE.page_size, 4 * SHAPE.page_size)
+    error = {KvFormat.FULL: 0.0, KvFormat.INT8: 0.03, KvFormat.INT4: 0.5}[kind]
+    for layer in range(SHAPE.layers):
+        got_keys, got_values = cache.gather(layer, plan_gather(held, CPU))
+        for head in range(SHAPE.heads):
+            mine = keys[layer, run, head]
+            kept = _scores(mine, scorer).topk(2 * SHAPE.page_size).indices.sort().values
+            assert (got_keys[:, head] - mine[kept]).abs().max() <= error
+            assert (got_values[:, head] - values[layer, run, head][kept]).abs().max() <= error
+    untouched = cache.gather(1, plan_gather(others, CPU))[0]
+    assert torch.equal(untouched[: SHAPE.page_size], keys[1, : SHAPE.page_size])
+
+
+def test_packing_pages_of_several_formats_and_packing_everything_away() -> None:
+    cache = _cache()
+    refs, keys, _ = _fill(cache, 4)
+    refs[1:2] = cache.compress(refs[1:2], KvFormat.INT8)
+    refs[2:3] = cache.compress(refs[2:3], KvFormat.INT4)
+    held = cache.pack(refs[:3], KvFormat.INT4, 3, KvScorer.KEY_NORM)
+    assert held is not None
+    got = cache.gather(0, plan_gather(held, CPU))[0]
+    assert (got - keys[0, : 3 * SHAPE.page_size]).abs().max() < 0.6
+    assert cache.pack([*held, refs[3]], KvFormat.FULL, 0, KvScorer.KEY_NORM) == []
+    cache.allocator.check_integrity([])
+    assert cache.allocator.bytes_held == 0
+
+
+def test_packing_shared_pages_leaves_them_to_their_other_holder_or_does_nothing() -> None:
+    cache = _cache(pages=4)
+    refs, keys, _ = _fill(cache, 2)
+    others = [cache.allocator.share(ref) for ref in refs]
+    held = cache.pack(refs, KvFormat.FULL, 1, KvScorer.KEY_NORM)
+    assert held is not None
+    cache.allocator.check_integrity([held, others])
+    assert torch.equal(cache.gather(0, plan_gather(others, CPU))[0], keys[0])
+    last = [cache.allocator.allocate(KvFormat.FULL)]
+    refs = [cache.allocator.share(ref) for ref in others]
+    assert cache.pack(refs, KvFormat.FULL, 1, KvScorer.KEY_NORM) is None
+    cache.allocator.check_integrity([held, others, refs, last])
 
 
 def test_scrubbed_pages_are_zero_when_they_are_used_again() -> None:
@@ -84,7 +163,7 @@ def test_compressing_a_shared_page_leaves_it_to_its_other_holder() -> None:
     cache = _cache()
     refs, keys, _ = _fill(cache, 1)
     other = cache.allocator.share(refs[0])
-    (mine,) = cache.compress(refs)
+    (mine,) = cache.compress(refs, KvFormat.INT8)
     assert mine.format is KvFormat.INT8
     cache.allocator.check_integrity([[mine], [other]])
     assert torch.equal(cache.gather(0, plan_gather([other], CPU))[0], keys[0])
@@ -94,7 +173,7 @@ def test_a_shared_page_stays_as_it_is_where_no_copy_fits() -> None:
     cache = _cache(pages=1)
     refs, _, _ = _fill(cache, 1)
     cache.allocator.share(refs[0])
-    assert cache.compress(refs) == refs
+    assert cache.compress(refs, KvFormat.INT8) == refs
     cache.allocator.check_integrity([refs, refs])
 
 
@@ -106,3 +185,21 @@ def test_scrubbing_spares_a_shared_page() -> None:
     got = cache.gather(0, plan_gather(refs, CPU))[0]
     assert torch.equal(got[: SHAPE.page_size], keys[0][: SHAPE.page_size])
     assert not got[SHAPE.page_size :].any()
+
+
+@pytest.mark.parametrize("scorer", list(KvScorer))
+def test_heads_on_several_ranks_keep_what_they_keep_on_one(scorer: KvScorer) -> None:
+    whole = _cache()
+    refs, keys, values = _fill(whole, 4)
+    one = whole.gather(1, plan_gather(whole.pack(refs, KvFormat.INT8, 3, scorer) or [], CPU))
+    parts = []
+    for heads in (slice(0, 2), slice(2, 3)):
+        shape = KvShape(SHAPE.layers, heads.stop - heads.start, SHAPE.head_dim, SHAPE.page_size)
+        rank = KvCache(shape, torch.float32, CPU, 4 * shape.page_bytes(torch.float32)[KvFormat.FULL])
+        held = [rank.allocate(KvFormat.FULL) for _ in range(4)]
+        slots = torch.tensor([ref.number * SHAPE.page_size + i for ref in held for i in range(SHAPE.page_size)])
+        for layer in range(SHAPE.layers):
+            rank.write(layer, slots, keys[layer, :, heads], values[layer, :, heads])
+        parts.append(rank.gather(1, plan_gather(rank.pack(held, KvFormat.INT8, 3, scorer) or [], CPU)))
+    for which in (0, 1):
+        assert torch.equal(torch.cat([part[which] for part in parts], dim=1), one[which])

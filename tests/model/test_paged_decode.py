@@ -19,10 +19,11 @@ PAGE = 4
 CONTEXTS = [1, 4, 19, 87]
 
 
-def filled(shape: KvShape, dtype: torch.dtype, int8_share: float) -> tuple[KvCache, list[list[PageRef]]]:
-    """A cache, and the page tables of sequences of `CONTEXTS` tokens; that share of the complete pages is int8."""
+def filled(shape: KvShape, dtype: torch.dtype, small_share: float) -> tuple[KvCache, list[list[PageRef]]]:
+    """A cache, and the page tables of sequences of `CONTEXTS` tokens; that share of the complete pages is
+    int8 or int4."""
     generator = torch.Generator().manual_seed(0)
-    rng = random.Random(int8_share)
+    rng = random.Random(small_share)
     cache = KvCache(shape, dtype, DEVICE, 80 * shape.page_bytes(dtype)[KvFormat.FULL])
     tables = []
     for context in CONTEXTS:
@@ -32,9 +33,10 @@ def filled(shape: KvShape, dtype: torch.dtype, int8_share: float) -> tuple[KvCac
         for layer in range(shape.layers):
             keys, values = (torch.randn(size, generator=generator).to(DEVICE, dtype) for _ in range(2))
             cache.write(layer, slots, keys, values)
-        chosen = [place for place in range(context // PAGE) if rng.random() < int8_share]
-        for place, page in zip(chosen, cache.compress([pages[place] for place in chosen]), strict=True):
-            pages[place] = page
+        for place in range(context // PAGE):
+            if rng.random() < small_share:
+                kind = rng.choice((KvFormat.INT8, KvFormat.INT4))
+                pages[place : place + 1] = cache.compress([pages[place]], kind)
         tables.append(pages)
     return cache, tables
 
@@ -62,11 +64,11 @@ def paged(cache: KvCache, tables: list[list[PageRef]], splits: int = 2) -> Any:
     return module.PagedDecode(cache, page_table(tables, CONTEXTS, DEVICE), splits)
 
 
-@pytest.mark.parametrize("int8_share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("small_share", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("kv", "group", "dim", "splits"), [(2, 3, 8, 1), (1, 1, 64, 4), (2, 1, 20, 2)])
-def test_equals_attention_over_gathered_pages(kv: int, group: int, dim: int, splits: int, int8_share: float) -> None:
+def test_equals_attention_over_gathered_pages(kv: int, group: int, dim: int, splits: int, small_share: float) -> None:
     shape = KvShape(layers=2, heads=kv, head_dim=dim, page_size=PAGE)
-    cache, tables = filled(shape, torch.float32, int8_share)
+    cache, tables = filled(shape, torch.float32, small_share)
     q = torch.randn(len(tables), kv * group, dim, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     decode = paged(cache, tables, splits)
     out, spread = dense(cache, 1, tables, CONTEXTS, q)

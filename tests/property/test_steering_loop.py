@@ -22,6 +22,7 @@ from chunkwise.core import (
     StepSignals,
 )
 from chunkwise.steering import ChunkReport, SteeringController, SteeringReport
+from chunkwise.steering.kv_policy import kv_rule
 
 ADAPTER = AdapterInfo(
     "a", "h", 32, (0, 2, 4, 8, 16, 32), (0.0, 0.3, 0.5, 0.7, 0.9, 1.0), (0.0, 2.0, 4.0, 8.0, 15.0, 31.0)
@@ -46,6 +47,8 @@ class Scenario:
     seed: int
     results_before_signals: bool
     ahead: bool = False
+    pressure: tuple[int, ...] = ()
+    cuts: int = 0
 
     @property
     def planned(self) -> bool:
@@ -55,13 +58,15 @@ class Scenario:
 
 @dataclass
 class Request:
-    """One request as the simulated loop sees it; ``computed`` counts the positions of all steps started so far."""
+    """One request as the simulated loop sees it; ``computed`` counts the positions of all steps started so far,
+    ``cuts`` says how its prompt is cut into them."""
 
     id: int
     prompt: list[int]
     adapter: AdapterInfo | None
     arrival: int
     new_tokens: int
+    cuts: random.Random
     computed: int = 0
     generated: int = 0
     chunks: list[ChunkDecision] = field(default_factory=list)
@@ -89,19 +94,31 @@ def scenarios(draw: st.DrawFn) -> Scenario:
             energy_exponent=draw(st.sampled_from([0.0, 1.0])),
         ),
         kv=KvPolicy(
-            easy_below=draw(st.floats(0.0, 1.0)),
+            kind=draw(st.sampled_from(["complexity", "complexity", "keep", "window", "full"])),
+            when=draw(st.sampled_from(["always", "pressure"])),
+            easy_below=draw(st.floats(0.0, 0.5)),
+            hard_above=draw(st.floats(0.5, 1.0)),
+            window_tokens=draw(st.integers(0, 40)),
             sink_tokens=draw(st.integers(0, 20)),
             recent_tokens=draw(st.integers(0, 30)),
+            block_tokens=draw(st.integers(1, 30)),
         ),
         adapters={"a": draw(SECTIONS)} if draw(st.booleans()) else {},
     )
-    return Scenario(policy, draw(st.integers(1, 5)), draw(st.integers(0, 2**32)), draw(st.booleans()))
+    return Scenario(
+        policy,
+        draw(st.integers(1, 5)),
+        draw(st.integers(0, 2**32)),
+        draw(st.booleans()),
+        pressure=tuple(draw(st.lists(st.integers(0, 40), max_size=5))),
+    )
 
 
 class Loop:
     """Flush, start step n, observe step n-1, take the results of step n; checks what must hold at every flush.
 
-    With ``ahead``, the flush of step n+1 comes before the results of step n, unless a request arrives between them.
+    Memory is short before the steps of ``pressure``. With ``ahead``, the flush of step n+1 comes before the results of
+    step n, unless a request arrives or memory is short between them.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -111,6 +128,8 @@ class Loop:
         self._random = random.Random(scenario.seed)
         self._results_before_signals = scenario.results_before_signals
         self._ahead = scenario.ahead
+        self._pressure = scenario.pressure
+        self._cuts = random.Random(scenario.cuts)
         self._trailing = StepSignals(0)
         self.requests = [self._request(index) for index in range(scenario.requests)]
 
@@ -121,6 +140,8 @@ class Loop:
             for request in live:
                 if request.arrival == step:
                     self.controller.admit(request.id, request.prompt, request.adapter)
+            for _ in range(self._pressure.count(step)):
+                self.controller.compress_next()
             if not flushed:
                 self._flush()
             signals = StepSignals(step, tuple(self._compute(live)))
@@ -129,7 +150,8 @@ class Loop:
                 self.controller.observe(self._trailing)
             else:
                 self.controller.observe(self._trailing)
-                flushed = self._ahead and all(request.arrival != step + 1 for request in self.requests)
+                plain = all(request.arrival != step + 1 for request in self.requests)
+                flushed = self._ahead and plain and step + 1 not in self._pressure
                 if flushed:
                     self._flush(ahead=True)
                 self._take_results(live)
@@ -144,8 +166,9 @@ class Loop:
             id=100 + index,
             prompt=[self._random.randrange(alphabet) for _ in range(self._random.randint(1, 60))],
             adapter=self._random.choice([ADAPTER, ADAPTER, None]),
-            arrival=self._random.randrange(20),
+            arrival=self._random.randrange(20) + self._cuts.randrange(5),
             new_tokens=self._random.randint(1, 60),
+            cuts=random.Random(self._cuts.random()),
         )
 
     def _flush(self, ahead: bool = False) -> None:
@@ -163,21 +186,22 @@ class Loop:
             request = by_id[decision.request_id]
             assert request.report is None
             assert self.policy.kv.sink_tokens <= decision.start < decision.end
-            assert decision.end <= request.computed - self.policy.kv.recent_tokens
+            assert decision.effective >= decision.end + self.policy.kv.protected_tokens
+            assert decision.effective >= request.computed, "what it bears on is not computed"
             request.kv.append(decision)
 
     def _compute(self, live: list[Request]) -> Iterator[SequenceSignals]:
         for request in live:
             remaining = len(request.prompt) - request.computed
-            request.computed += self._random.randint(1, remaining) if remaining > 0 else 1
-            spread = self._random.choice([None, self._random.random()])
-            yield SequenceSignals(request.id, request.computed - 1, self._random.random(), spread)
+            request.computed += request.cuts.randint(1, remaining) if remaining > 0 else 1
+            draw = random.Random(f"{request.prompt} {request.computed}")
+            yield SequenceSignals(request.id, request.computed - 1, draw.random(), draw.choice([None, draw.random()]))
 
     def _take_results(self, live: list[Request]) -> None:
         for request in live:
             if request.computed < len(request.prompt):
                 continue
-            self.controller.extend(request.id, self._random.randrange(1000))
+            self.controller.extend(request.id, random.Random(request.computed).randrange(1000))
             request.generated += 1
             if request.generated == request.new_tokens:
                 expected = self.controller.report(request.id, request.computed)
@@ -245,17 +269,38 @@ def test_decisions_are_the_reported_chunks_in_ascending_order(scenario: Scenario
 
 @given(scenarios())
 @settings(deadline=None, max_examples=150)
-def test_kv_decisions_are_easy_chunks_that_never_overlap(scenario: Scenario) -> None:
+def test_kv_decisions_are_chunks_by_complexity_that_never_overlap(scenario: Scenario) -> None:
     loop = Loop(scenario)
     loop.run()
+    rule = kv_rule(scenario.policy.kv)
     for request in loop.requests:
         assert request.report is not None
         assert all(before.end <= after.start for before, after in pairwise(request.kv))
-        told = {chunk.end: chunk for chunk in request.report.chunks if chunk.kv is KvFormat.INT8}
-        for decision in request.kv:
-            chunk = told[decision.end]
+        assert all(before.effective <= after.effective for before, after in pairwise(request.kv))
+        reported = {chunk.end: chunk for chunk in request.report.chunks}
+        took_effect = [decision for decision in request.kv if decision.effective < request.computed]
+        for decision in took_effect:
+            chunk = reported[decision.end]
             assert decision.start == max(chunk.start, scenario.policy.kv.sink_tokens)
-            assert chunk.complexity < scenario.policy.kv.easy_below
+            assert (chunk.kv, chunk.kv_dropped) == (decision.format, decision.drop_percent / 100)
+            # The last token of the prompt is judged anew after a chunk that ends there was decided on.
+            if decision.end != len(request.prompt):
+                choice = rule.choose(chunk.complexity)
+                assert (decision.format, decision.drop_percent) == (choice.format, choice.drop_percent)
+        compressed = [chunk for chunk in request.report.chunks if chunk.kv is not KvFormat.FULL or chunk.kv_dropped]
+        assert len(compressed) == len(took_effect)
+
+
+@given(scenarios(), st.integers(1, 1000))
+@settings(deadline=None, max_examples=150)
+def test_what_is_decided_follows_from_the_request_alone(scenario: Scenario, cuts: int) -> None:
+    """Whoever else is there, however its prompt is cut, unless memory was short."""
+    scenario = replace(scenario, policy=replace(scenario.policy, kv=replace(scenario.policy.kv, when="always")))
+    one, other = Loop(scenario), Loop(replace(scenario, cuts=cuts))
+    one.run()
+    other.run()
+    for request, twin in zip(one.requests, other.requests, strict=True):
+        assert (twin.chunks, twin.kv, twin.report) == (request.chunks, request.kv, request.report)
 
 
 @given(scenarios())

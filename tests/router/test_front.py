@@ -39,7 +39,7 @@ from routing import POLICY, write_tokenizer
 from serving import Driver, request
 from tgi_router import TgiRouter, batch, liveness_request, text_request, warmup_request
 
-FULL = SteeringPolicy(rank=RankPolicy(source="complexity", min_rank=16), kv=KvPolicy(easy_format="full"))
+FULL = SteeringPolicy(rank=RankPolicy(source="complexity", min_rank=16), kv=KvPolicy(kind="full"))
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
 
 

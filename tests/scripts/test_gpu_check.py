@@ -26,7 +26,9 @@ def test_without_a_device_it_says_so_in_one_line() -> None:
 
 def test_a_device_is_compared_with_the_cpu(tiny: TinyWorld) -> None:
     results = check_model(tiny.model, torch.device("cpu"), [torch.float32])
-    assert set(results) == {f"{what}, float32{pages}" for what in ("model", "graphs") for pages in ("", ", int8 pages")}
+    assert set(results) == {
+        f"{what}, float32{pages}" for what in ("model", "graphs") for pages in ("", ", small pages")
+    }
     assert all(result["ok"] and result["error"] == 0.0 for result in results.values())
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from types import FrameType
 
 import pytest
@@ -13,8 +14,9 @@ ADAPTER = AdapterInfo("a", "h", 16, (4, 16), (0.5, 1.0), (4.0, 16.0))
 POLICY = SteeringPolicy(
     chunker=ChunkerPolicy(min_length=4, max_length=4),
     rank=RankPolicy(source="complexity"),
-    kv=KvPolicy(easy_below=1.0, sink_tokens=0, recent_tokens=0),
+    kv=KvPolicy(kind="int8", when="always", sink_tokens=0, recent_tokens=0),
 )
+UNDER_PRESSURE = replace(POLICY, kv=replace(POLICY.kv, when="pressure"))
 
 
 def signals(step: int, *positions: tuple[int, int]) -> StepSignals:
@@ -34,7 +36,8 @@ def test_an_admission_is_one_update_and_nothing_new_is_none() -> None:
     controller.admit(5, range(8), ADAPTER)
     update = flushed(controller)
     assert [(decision.request_id, decision.start) for decision in update.chunks] == [(5, 0), (5, 4), (5, 8)]
-    assert (update.seq, update.kv, update.released) == (1, (), ())
+    assert [(decision.end, decision.effective) for decision in update.kv] == [(4, 8)]
+    assert (update.seq, update.released) == (1, ())
     assert controller.flush() is None
     assert controller.last_seq == 1
 
@@ -43,17 +46,55 @@ def test_requests_share_an_update_and_keep_their_ids() -> None:
     controller = SteeringController(POLICY)
     controller.admit(1, [7] * 8, ADAPTER)
     controller.admit(2, [7] * 7, None)
-    assert {decision.request_id for decision in flushed(controller).chunks} == {1}
+    update = flushed(controller)
+    assert {decision.request_id for decision in update.chunks} == {1}
+    assert [(decision.request_id, decision.end) for decision in update.kv] == [(1, 4), (2, 4)]
     for request_id in (1, 2):
         controller.extend(request_id, 9)
     controller.observe(signals(0, (1, 7), (2, 6)))
     assert controller.flush() is None, "what is due must not depend on signals that came early"
     for request_id in (1, 2):
         controller.extend(request_id, 9)
-    assert [(decision.request_id, decision.end) for decision in flushed(controller).kv] == [(1, 4), (1, 8), (2, 4)]
+    assert [(decision.request_id, decision.end) for decision in flushed(controller).kv] == [(1, 8)]
     controller.observe(signals(1, (2, 7)))
     controller.extend(2, 9)
     assert [(decision.request_id, decision.end) for decision in flushed(controller).kv] == [(2, 8)]
+
+
+def test_when_memory_is_short_requests_are_compressed_one_after_another_the_oldest_first() -> None:
+    controller = SteeringController(UNDER_PRESSURE)
+    for request_id in (1, 2):
+        controller.admit(request_id, [7] * 9, None)
+    assert controller.flush() is None
+    controller.extend(1, 9)
+    controller.extend(1, 9)
+    assert controller.compress_next()
+    compressed = [(decision.request_id, decision.end, decision.effective) for decision in flushed(controller).kv]
+    assert compressed == [(1, 4, 10), (1, 8, 10)]
+    assert controller.compress_next()
+    assert not controller.compress_next()
+    compressed = [(decision.request_id, decision.end, decision.effective) for decision in flushed(controller).kv]
+    assert compressed == [(2, 4, 9), (2, 8, 9)], "it still reads its prompt: from the answer on"
+
+
+def test_who_is_admitted_beside_compressed_requests_is_compressed_from_the_start() -> None:
+    controller = SteeringController(UNDER_PRESSURE)
+    controller.admit(1, [7] * 9, None)
+    controller.compress_next()
+    controller.admit(2, [7] * 9, None)
+    assert [(decision.request_id, decision.effective) for decision in flushed(controller).kv] == [(1, 9)] * 2 + [
+        (2, 9)
+    ] * 2
+    controller.release(1)
+    controller.release(2)
+    controller.admit(3, [7] * 9, None)
+    assert flushed(controller).kv == ()
+
+
+def test_a_policy_that_keeps_all_in_full_cannot_compress() -> None:
+    controller = SteeringController(replace(POLICY, kv=KvPolicy(kind="full")))
+    controller.admit(1, [7] * 9, None)
+    assert not controller.compress_next()
 
 
 def test_release_drops_what_was_not_sent_reports_and_is_sent_once() -> None:

@@ -1,70 +1,38 @@
 from __future__ import annotations
 
-from hypothesis import given
-from hypothesis import strategies as st
+import pytest
 
 from chunkwise.config.policy import KvPolicy
-from chunkwise.core import Chunk, KvDecision, KvFormat
-from chunkwise.steering.kv_policy import KvSchedule
-
-POLICY = KvPolicy(easy_below=0.4, sink_tokens=4, recent_tokens=8)
+from chunkwise.core import KvFormat, KvScorer
+from chunkwise.steering.kv_policy import KvChoice, kv_rule
 
 
-def int8(start: int, end: int) -> KvDecision:
-    return KvDecision(7, start, end, KvFormat.INT8)
-
-
-def decided(policy: KvPolicy, *chunks: Chunk) -> list[KvDecision]:
-    schedule = KvSchedule(7, policy)
-    for chunk in chunks:
-        schedule.close(chunk)
-    return schedule.advance(10_000)
-
-
-def test_only_chunks_strictly_below_the_bound_are_easy() -> None:
-    assert decided(POLICY, Chunk(16, 32, 0.39), Chunk(32, 48, 0.4), Chunk(48, 64, 0.9)) == [int8(16, 32)]
-
-
-def test_sinks_are_cut_off_and_a_chunk_of_sinks_alone_stays_full() -> None:
-    assert decided(POLICY, Chunk(0, 4, 0.0), Chunk(4, 5, 0.0)) == [int8(4, 5)]
-    assert decided(POLICY, Chunk(0, 16, 0.0)) == [int8(4, 16)]
-
-
-def test_full_format_yields_nothing() -> None:
-    assert decided(KvPolicy(easy_format="full"), Chunk(64, 128, 0.0)) == []
-
-
-def test_a_chunk_waits_until_the_recent_window_lies_behind_it_and_is_given_once() -> None:
-    schedule = KvSchedule(7, POLICY)
-    schedule.close(Chunk(0, 16, 0.1))
-    schedule.close(Chunk(16, 20, 0.1))
-    assert schedule.advance(23) == []
-    assert schedule.advance(24) == [int8(4, 16)]
-    assert schedule.advance(27) == []
-    assert schedule.advance(28) == [int8(16, 20)]
-    assert schedule.advance(28) == []
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 20), st.floats(0.0, 1.0)), max_size=10),
-    st.integers(0, 30),
-    st.integers(0, 30),
-    st.lists(st.integers(1, 50), max_size=20),
+@pytest.mark.parametrize(
+    ("policy", "choice"),
+    [
+        (KvPolicy(kind="full"), KvChoice()),
+        (KvPolicy(kind="int8"), KvChoice(KvFormat.INT8)),
+        (KvPolicy(kind="int4", keep_percent=10), KvChoice(KvFormat.INT4)),
+        (KvPolicy(kind="keep", keep_percent=30), KvChoice(KvFormat.FULL, 70)),
+        (
+            KvPolicy(kind="keep", keep_percent=25, kept_format="int8", scorer="key_diversity"),
+            KvChoice(KvFormat.INT8, 75, KvScorer.KEY_DIVERSITY),
+        ),
+        (KvPolicy(kind="window"), KvChoice(KvFormat.FULL, 100)),
+    ],
 )
-def test_decisions_are_the_easy_chunks_outside_sinks_and_window(
-    lengths: list[tuple[int, float]], sinks: int, recent: int, progress: list[int]
-) -> None:
-    schedule = KvSchedule(7, KvPolicy(easy_below=0.5, sink_tokens=sinks, recent_tokens=recent))
-    easy: list[KvDecision] = []
-    end = 0
-    for length, complexity in lengths:
-        start, end = end, end + length
-        schedule.close(Chunk(start, end, complexity))
-        if complexity < 0.5 and end > sinks:
-            easy.append(int8(max(start, sinks), end))
-    computed = end
-    given_so_far: list[KvDecision] = []
-    for more in progress:
-        computed += more
-        given_so_far += schedule.advance(computed)
-        assert given_so_far == [decision for decision in easy if decision.end <= computed - recent]
+def test_all_kinds_but_one_treat_every_chunk_alike(policy: KvPolicy, choice: KvChoice) -> None:
+    assert {kv_rule(policy).choose(complexity) for complexity in (0.0, 0.39, 0.4, 0.6, 1.0)} == {choice}
+    assert choice.changes == (policy.kind != "full")
+
+
+def test_by_complexity_easy_chunks_shrink_most_and_hard_ones_stay_full() -> None:
+    policy = KvPolicy(easy_below=0.3, hard_above=0.7, easy_drop_percent=40, scorer="key_diversity")
+    easy = KvChoice(KvFormat.INT4, 40, KvScorer.KEY_DIVERSITY)
+    chosen = [kv_rule(policy).choose(complexity) for complexity in (0.0, 0.29, 0.3, 0.69, 0.7, 1.0)]
+    assert chosen == [easy, easy, KvChoice(KvFormat.INT8), KvChoice(KvFormat.INT8), KvChoice(), KvChoice()]
+
+
+def test_with_equal_bounds_no_chunk_is_in_between() -> None:
+    rule = kv_rule(KvPolicy(easy_below=0.5, hard_above=0.5, easy_format="int8"))
+    assert [rule.choose(complexity).format for complexity in (0.49, 0.5)] == [KvFormat.INT8, KvFormat.FULL]

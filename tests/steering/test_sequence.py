@@ -119,7 +119,7 @@ def test_without_an_adapter_chunks_steer_the_kv_cache_alone() -> None:
     policy = SteeringPolicy(
         estimator=ENTROPY_ONLY,
         chunker=ChunkerPolicy(min_length=4, max_length=4),
-        kv=KvPolicy(easy_below=0.6, sink_tokens=2, recent_tokens=4),
+        kv=KvPolicy(kind="int8", when="always", sink_tokens=2, recent_tokens=4),
     )
     steered = sequence(policy, [0] * 4, adapter=None)
     assert steered.decisions() == []
@@ -129,7 +129,8 @@ def test_without_an_adapter_chunks_steer_the_kv_cache_alone() -> None:
         due += [(decision.start, decision.end) for decision in steered.due_kv()]
     assert due == [(2, 4), (4, 8), (8, 12)]
     report = steered.report(16)
-    assert [chunk.kv for chunk in report.chunks] == [KvFormat.INT8] * 3 + [KvFormat.FULL]
+    assert [chunk.kv for chunk in report.chunks] == [KvFormat.INT8] * 2 + [KvFormat.FULL] * 2, "the third at 16"
+    assert [chunk.kv for chunk in steered.report(17).chunks] == [KvFormat.INT8] * 3 + [KvFormat.FULL] * 2
     assert {(chunk.rung, chunk.rank, chunk.scale) for chunk in report.chunks} == {(None, 0.0, 1.0)}
     assert report.mean_rank == 0.0
 
@@ -138,7 +139,7 @@ def test_kv_format_waits_for_the_chunks_last_token() -> None:
     policy = SteeringPolicy(
         estimator=ENTROPY_ONLY,
         chunker=ChunkerPolicy(min_length=4, max_length=4),
-        kv=KvPolicy(easy_below=0.4, sink_tokens=0, recent_tokens=0),
+        kv=KvPolicy(when="always", easy_below=0.4, hard_above=0.4, sink_tokens=0, recent_tokens=0),
     )
     steered = sequence(policy, [0])
     for position, entropy in enumerate([0.45, 0.45, 0.45]):

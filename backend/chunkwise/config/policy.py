@@ -18,6 +18,10 @@ def _require_positive(name: str, value: float) -> None:
     _require(0.0 < value < math.inf, f"{name} is {value}; it must be finite and greater than 0")
 
 
+def _require_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    _require(value in known, f"{name} is {value!r}; use one of {', '.join(known)}")
+
+
 @dataclass(frozen=True, slots=True)
 class SignalPolicy:
     """One signal of the estimator: ``weight`` 0 switches it off; ``mean`` and ``std`` are the running normalisation's
@@ -125,24 +129,62 @@ class RankPolicy:
         _require(self.crossfade >= 0, f"rank.crossfade is {self.crossfade}; it must be at least 0")
 
 
+KvKind = Literal["full", "int8", "int4", "keep", "window", "complexity"]
+KvFormatName = Literal["full", "int8", "int4"]
+_KV_FORMATS = ("full", "int8", "int4")
+
+
 @dataclass(frozen=True, slots=True)
 class KvPolicy:
-    """Format of closed chunks: those of complexity below ``easy_below`` take ``easy_format`` once they lie
-    ``recent_tokens`` behind the end of the sequence; the first ``sink_tokens`` positions always stay full."""
+    """What becomes of the keys and values of closed chunks.
 
-    easy_format: Literal["full", "int8"] = "int8"
+    ``kind`` "full" leaves them as they are; "int8" and "int4" store all in that format; "keep" keeps ``keep_percent``
+    of each chunk's tokens, those that ``scorer`` ranks highest, in ``kept_format``; "window" gives up what lies further
+    back than ``window_tokens``; "complexity" goes by the chunk: of complexity ``hard_above`` or more it stays full,
+    below ``easy_below`` it takes ``easy_format`` and loses ``easy_drop_percent`` of its tokens (those that ``scorer``
+    ranks lowest), in between it takes ``middle_format``.
+
+    ``when`` "pressure" does so for requests that meet a cache running short of memory, "always" for all. The first
+    ``sink_tokens`` positions are never touched, nor is a chunk before ``recent_tokens`` positions lie behind its end;
+    while the prompt is read, it is looked at every ``block_tokens`` positions.
+    """
+
+    kind: KvKind = "complexity"
+    when: Literal["pressure", "always"] = "pressure"
     easy_below: float = 0.4
+    easy_format: KvFormatName = "int4"
+    easy_drop_percent: int = 0
+    middle_format: KvFormatName = "int8"
+    hard_above: float = 0.6
+    keep_percent: int = 50
+    kept_format: KvFormatName = "full"
+    scorer: Literal["key_norm", "key_diversity"] = "key_norm"
+    window_tokens: int = 1024
     sink_tokens: int = 16
     recent_tokens: int = 64
+    block_tokens: int = 512
 
     def __post_init__(self) -> None:
+        _require_one_of("kv.kind", self.kind, ("full", "int8", "int4", "keep", "window", "complexity"))
+        _require_one_of("kv.when", self.when, ("pressure", "always"))
+        _require_one_of("kv.scorer", self.scorer, ("key_norm", "key_diversity"))
+        for name in ("easy_format", "middle_format", "kept_format"):
+            _require_one_of(f"kv.{name}", getattr(self, name), _KV_FORMATS)
         _require(
-            self.easy_format in ("full", "int8"),
-            f"kv.easy_format is {self.easy_format!r}; use 'full' or 'int8'",
+            0.0 <= self.easy_below <= self.hard_above <= 1.0,
+            f"kv.easy_below is {self.easy_below} and kv.hard_above {self.hard_above}; "
+            "need 0 <= easy_below <= hard_above <= 1",
         )
-        _require(0.0 <= self.easy_below <= 1.0, f"kv.easy_below is {self.easy_below}; it must lie in [0, 1]")
-        _require(self.sink_tokens >= 0, f"kv.sink_tokens is {self.sink_tokens}; it must be at least 0")
-        _require(self.recent_tokens >= 0, f"kv.recent_tokens is {self.recent_tokens}; it must be at least 0")
+        for name in ("easy_drop_percent", "keep_percent"):
+            _require(0 <= getattr(self, name) <= 100, f"kv.{name} is {getattr(self, name)}; it must lie in 0..100")
+        for name in ("window_tokens", "sink_tokens", "recent_tokens"):
+            _require(getattr(self, name) >= 0, f"kv.{name} is {getattr(self, name)}; it must be at least 0")
+        _require(self.block_tokens >= 1, f"kv.block_tokens is {self.block_tokens}; it must be at least 1")
+
+    @property
+    def protected_tokens(self) -> int:
+        """Positions that lie behind a chunk's end before the chunk is touched."""
+        return max(self.window_tokens, self.recent_tokens) if self.kind == "window" else self.recent_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from chunkwise.config.policy import SteeringPolicy
+
+Quantize = Literal["int8", "int4"]
+QUANTIZE: tuple[Quantize, ...] = get_args(Quantize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +24,10 @@ class AdapterSource:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the router accepts. Token limits left None are taken from the model in Warmup."""
+    """What the router accepts. Token limits left None are taken from the model in Warmup.
+
+    ``kv_growth_reserve`` is how many tokens of its answer to come each running request has KV pages kept free for.
+    """
 
     max_concurrent_requests: int = 128
     max_best_of: int = 2
@@ -30,6 +37,7 @@ class Limits:
     max_total_tokens: int | None = None
     max_batch_prefill_tokens: int = 4096
     max_batch_size: int | None = None
+    kv_growth_reserve: int = 64
     max_client_batch_size: int = 4
     payload_limit: int = 2_000_000
     disable_grammar_support: bool = False
@@ -103,8 +111,10 @@ class WatermarkSettings:
 class ShardSettings:
     """Everything a shard process needs.
 
-    ``urls`` lists the listening address of every shard, by rank ("unix://path" or "host:port"). ``int8`` keeps the base
-    matrices in 8 bits. ``max_batch_total_tokens`` sizes the KV cache (None: from the memory that is free at Warmup).
+    ``urls`` lists the listening address of every shard, by rank ("unix://path" or "host:port"). ``quantize`` keeps the
+    base matrices in 8 or 4 bits. ``adapter_slots`` is how many adapters stay in memory
+    (None: all). ``max_batch_total_tokens`` sizes the KV cache (None: from the memory that is free at
+    Warmup).
     """
 
     model_id: str
@@ -112,8 +122,9 @@ class ShardSettings:
     revision: str | None = None
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     dtype: str | None = None
-    int8: bool = False
+    quantize: Quantize | None = None
     adapters: tuple[AdapterSource, ...] = ()
+    adapter_slots: int | None = None
     max_batch_total_tokens: int | None = None
     prefix_caching: bool = True
     prefill_logprobs: bool = False

@@ -37,9 +37,7 @@ def fixed_rung(rung: float, adapter: AdapterInfo) -> SteeringMode:
     if rung not in adapter.rungs:
         raise InvalidMode(f"adapter {adapter.adapter_id!r} has no rung {rung:g}; its rungs are {adapter.rungs}")
     rank = RankPolicy(prompt_rung=rung, answer_rung=rung)
-    return SteeringMode(
-        f"rung={rung:g}", adapter.adapter_id, SteeringPolicy(rank=rank, kv=KvPolicy(easy_format="full"))
-    )
+    return SteeringMode(f"rung={rung:g}", adapter.adapter_id, SteeringPolicy(rank=rank, kv=KvPolicy(kind="full")))
 
 
 def parse_mode(text: str, adapter: AdapterInfo | None) -> SteeringMode:

@@ -57,7 +57,7 @@ class RoleGrid:
             if (pair.prompt_rung, pair.answer_rung) == (prompt_rung, answer_rung):
                 return pair
         rank = RankPolicy(prompt_rung=prompt_rung, answer_rung=answer_rung)
-        policy = SteeringPolicy(rank=rank, kv=KvPolicy(easy_format="full"))
+        policy = SteeringPolicy(rank=rank, kv=KvPolicy(kind="full"))
         mode = SteeringMode("roles", self._adapter.adapter_id, policy)
         scores = evaluate_nll(self._evaluator, self._passages, mode, "decode")
         nll = sum(map(sum, (score.nll for score in scores))) / sum(len(score.nll) for score in scores)

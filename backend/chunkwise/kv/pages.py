@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from chunkwise.core import ChunkwiseError, KvFormat
@@ -24,8 +24,9 @@ class PageRef(NamedTuple):
 class PageAllocator:
     """Pages of several formats over one byte budget. A page may have several holders and is free when the last is gone.
 
-    The lowest free number is handed out first, so a pool's touched memory never exceeds its own high-water mark. Number
-    0 of every pool is never handed out: it stays zero and serves as padding.
+    The lowest free number is handed out first, so a pool's touched memory never exceeds its own high-water mark, and
+    what `cool` names is what will be missed last. Number 0 of every pool is never handed out: it stays zero and serves
+    as padding.
 
     Args:
         page_bytes: bytes of one page per format, over all layers of this shard.
@@ -46,6 +47,8 @@ class PageAllocator:
         self._holders: dict[KvFormat, dict[int, int]] = {kind: {} for kind in page_bytes}
         self._returned: dict[KvFormat, list[int]] = {kind: [] for kind in page_bytes}
         self._next: dict[KvFormat, int] = dict.fromkeys(page_bytes, 1)
+        self._warm: set[PageRef] = set()
+        self._warm_bytes = 0
         self._kept: set[PageRef] = set()
         self._idle: dict[KvFormat, int] = dict.fromkeys(page_bytes, 0)
 
@@ -53,6 +56,12 @@ class PageAllocator:
         """Pages of this format that can still be allocated."""
         fitting = (self.budget_bytes - self.bytes_held) // self.page_bytes[kind]
         return min(fitting, self._capacities[kind] - len(self._holders[kind]))
+
+    def room(self, kind: KvFormat) -> int:
+        """Pages of this format that could be allocated if all idle pages were given up."""
+        idle_bytes = sum(pages * self.page_bytes[idle] for idle, pages in self._idle.items())
+        fitting = (self.budget_bytes - self.bytes_held + idle_bytes) // self.page_bytes[kind]
+        return min(fitting, self._capacities[kind] - len(self._holders[kind]) + self._idle[kind])
 
     def pages(self, kind: KvFormat) -> int:
         """Pages of this format that a sequence holds."""
@@ -78,9 +87,25 @@ class PageAllocator:
         else:
             number = self._next[kind]
             self._next[kind] += 1
+        page, size = PageRef(kind, number), self.page_bytes[kind]
         self._holders[kind][number] = 1
-        self.bytes_held += self.page_bytes[kind]
-        return PageRef(kind, number)
+        self.bytes_held += size
+        if page in self._warm:
+            self._warm.remove(page)
+            self._warm_bytes -= size
+        return page
+
+    def exchange(self, pages: Sequence[PageRef], kind: KvFormat, count: int) -> list[PageRef] | None:
+        """Gives up one holder of each page for ``count`` pages of one format, which may be some of those whose last
+        holder that was. None, and nothing changes, where the budget or the pool does not fit them."""
+        freed = [page for page in pages if self.holders(page) == 1]
+        held = self.bytes_held - sum(self.page_bytes[page.format] for page in freed) + count * self.page_bytes[kind]
+        used = len(self._holders[kind]) - sum(page.format is kind for page in freed) + count
+        if held > self.budget_bytes or used > self._capacities[kind]:
+            return None
+        for page in pages:
+            self.release(page)
+        return [self.allocate(kind) for _ in range(count)]
 
     def share(self, page: PageRef) -> PageRef:
         """Adds a holder."""
@@ -114,6 +139,23 @@ class PageAllocator:
             del holders[page.number]
             heapq.heappush(self._returned[page.format], page.number)
             self.bytes_held -= self.page_bytes[page.format]
+            self._warm.add(page)
+            self._warm_bytes += self.page_bytes[page.format]
+
+    def cool(self, keep_bytes: int) -> list[PageRef]:
+        """Free pages that were used since they were named here last, but for up to ``keep_bytes`` of those that will be
+        handed out first: their memory need not be there. None before there are twice as many bytes, so that ordinary
+        coming and going names none."""
+        if self._warm_bytes <= 2 * keep_bytes:
+            return []
+        named: list[PageRef] = []
+        for page in sorted(self._warm, key=lambda page: page.number, reverse=True):
+            if self._warm_bytes <= keep_bytes:
+                break
+            named.append(page)
+            self._warm.remove(page)
+            self._warm_bytes -= self.page_bytes[page.format]
+        return named
 
     def check_integrity(self, tables: Iterable[Iterable[PageRef]]) -> None:
         """Checks that ``tables`` (of live sequences, and of the prefix cache) are exactly the holders there are.
@@ -134,3 +176,5 @@ class PageAllocator:
             returned = set(self._returned[kind])
             assert not set(pages) & returned
             assert set(pages) | returned == set(range(1, self._next[kind]))
+        assert not self._warm & set(known)
+        assert self._warm_bytes == sum(self.page_bytes[page.format] for page in self._warm)

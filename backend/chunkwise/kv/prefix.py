@@ -78,11 +78,13 @@ class PrefixCache:
         return node, page
 
     def evict(self) -> bool:
-        """Frees some of the least recently used pages that nobody else holds and nothing follows. False: none is."""
-        free = [n for n in self._nodes if not n.children and n.page and self._allocator.holders(n.page) == 1]
-        for node in sorted(free, key=lambda node: node.used)[:_EVICTED_AT_ONCE]:
+        """Frees some of the least recently used pages that nobody else holds, those first which nothing follows; what
+        follows another is out of reach then. False: all pages are held."""
+        idle = [node for node in self._nodes if node.page and self._allocator.holders(node.page) == 1]
+        last = [node for node in idle if not node.children]
+        for node in sorted(last or idle, key=lambda node: node.used)[:_EVICTED_AT_ONCE]:
             self._drop(node)
-        return bool(free)
+        return bool(idle)
 
     def clear(self) -> None:
         """Lets go of every page; sequences keep what they hold."""

@@ -45,6 +45,7 @@ _ROUTER_FLAGS = (
     "max_total_tokens",
     "max_batch_prefill_tokens",
     "max_batch_size",
+    "kv_growth_reserve",
     "max_concurrent_requests",
     "max_best_of",
     "max_stop_sequences",

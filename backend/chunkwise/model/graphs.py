@@ -16,11 +16,10 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor
 
-from chunkwise.core import KvFormat
 from chunkwise.kv.cache import KvCache
 from chunkwise.model.decoder import Decoder
 from chunkwise.model.flash import TabledStep, installed
-from chunkwise.model.page_table import PageTable
+from chunkwise.model.page_table import PageTable, has_small_pages
 from chunkwise.model.parallel import Group
 from chunkwise.model.spec import ModelSpec
 from chunkwise.model.step import StepInput
@@ -39,7 +38,7 @@ Result = tuple[Tensor, Tensor | None]
 
 class GraphKey(NamedTuple):
     """What a graph was captured for: decode steps of up to ``sequences`` sequences, with adapters of active ranks up to
-    ``rank`` (0: none), and with int8 pages or without."""
+    ``rank`` (0: none), and with small pages or without."""
 
     sequences: int
     rank: int
@@ -54,7 +53,7 @@ def at_least(needed: int, least: int = 1) -> int:
 def graph_key(step: StepInput, rank: int) -> GraphKey:
     """The graph that serves a decode step whose adapters need active ranks up to ``rank``. Its sizes are powers of two,
     so that a few graphs serve all steps."""
-    mixed = any(page.format is KvFormat.INT8 for span in step.spans for page in span.pages)
+    mixed = any(has_small_pages(span.pages) for span in step.spans)
     return GraphKey(at_least(len(step.spans)), at_least(rank, _LEAST_RANK) if rank else 0, mixed)
 
 

@@ -31,8 +31,9 @@ class Llama:
     """One rank of a LLaMA. Embedding and head are divided by vocabulary rows.
 
     Args:
-        storage: the type the base matrices are kept in: ``dtype`` itself (None), bfloat16, or int8 with a scale per
-            row; norms, biases, adapters and the KV cache are in ``dtype``.
+        storage: the type the base matrices are kept in: ``dtype`` itself (None), bfloat16, int8 with a scale
+            per row, or `linear.FOUR_BITS` (layers alone; see `linear.Matrix`); norms, biases, adapters and the KV cache
+            are in ``dtype``.
         kernel_threads: compute with the CPU kernels on so many threads, in fp32; None: with torch operations, which
             every device and type has.
         cuda_graphs: record decode steps as CUDA graphs, where `graphs.with_graphs` can.

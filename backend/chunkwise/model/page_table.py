@@ -14,14 +14,14 @@ from chunkwise.kv.pages import PageRef
 class PageTable:
     """Where the pages of up to ``sequences`` sequences lie, on the device, at addresses that never change.
 
-    ``numbers`` int32 [S, width] in the pool of their format; ``int8`` int8 [S, width], 1 where that is the int8 pool;
-    ``contexts`` int32 [S], the tokens to attend over. ``mixed`` says whether `load` may bring int8 pages.
+    ``numbers`` int32 [S, width] in the pool of their format; ``formats`` int8 [S, width], as `KvFormat`; ``contexts``
+    int32 [S], the tokens to attend over. ``mixed`` says whether `load` may bring other pages than full ones.
     """
 
     def __init__(self, sequences: int, width: int, mixed: bool, device: torch.device) -> None:
         self.mixed = mixed
         self.numbers = torch.zeros((sequences, width), dtype=torch.int32, device=device)
-        self.int8 = torch.zeros((sequences, width), dtype=torch.int8, device=device)
+        self.formats = torch.zeros((sequences, width), dtype=torch.int8, device=device)
         self.contexts = torch.ones(sequences, dtype=torch.int32, device=device)
 
     def load(self, pages: Sequence[Sequence[PageRef]], contexts: Sequence[int]) -> None:
@@ -30,21 +30,25 @@ class PageTable:
         longest = max(map(len, pages), default=0)
         assert len(pages) <= sequences and longest <= width, f"{len(pages)} tables of {longest} pages do not fit"
         numbers = np.zeros((sequences, longest), dtype=np.int32)
-        int8 = np.zeros((sequences, longest), dtype=np.int8)
+        formats = np.zeros((sequences, longest), dtype=np.int8)
         for row, table in enumerate(pages):
             numbers[row, : len(table)] = [page.number for page in table]
-            int8[row, : len(table)] = [page.format is KvFormat.INT8 for page in table]
-        assert self.mixed or not int8.any(), "a table of full pages alone got int8 pages"
+            formats[row, : len(table)] = [page.format for page in table]
+        assert self.mixed or not formats.any(), "a table of full pages alone got others"
         self.numbers[:, :longest].copy_(torch.from_numpy(numbers))
         if self.mixed:
-            self.int8[:, :longest].copy_(torch.from_numpy(int8))
+            self.formats[:, :longest].copy_(torch.from_numpy(formats))
         padded = [*contexts, *[1] * (sequences - len(contexts))]
         self.contexts.copy_(torch.tensor(padded, dtype=torch.int32))
 
 
+def has_small_pages(pages: Sequence[PageRef]) -> bool:
+    """Whether some page is not a full one."""
+    return any(page.format is not KvFormat.FULL for page in pages)
+
+
 def page_table(pages: Sequence[Sequence[PageRef]], contexts: Sequence[int], device: torch.device) -> PageTable:
     """A table for one step."""
-    mixed = any(page.format is KvFormat.INT8 for table in pages for page in table)
-    made = PageTable(len(pages), max(map(len, pages)), mixed, device)
+    made = PageTable(len(pages), max(map(len, pages)), any(map(has_small_pages, pages)), device)
     made.load(pages, contexts)
     return made

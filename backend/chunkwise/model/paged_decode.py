@@ -1,7 +1,7 @@
 """Attention of single tokens over pages of several formats, in Triton: the pages are read where they lie.
 
 `attend` gives each program a share of one sequence's pages for one KV head and keeps a running softmax over it; `merge`
-joins the shares by their log-sum-exp (flash decoding). int8 pages are widened in registers, so no copy of the cache in
+joins the shares by their log-sum-exp (flash decoding). Small pages are widened in registers, so no copy of the cache in
 the model's type is ever made. Grids do not depend on contexts, so launches can be captured.
 
 With TRITON_INTERPRET=1 the kernels run on CPU tensors; UPCAST then widens the operands of products, see
@@ -19,7 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from chunkwise.core import KvFormat
 from chunkwise.kv.cache import KvCache
+from chunkwise.kv.pools import PARTS
 from chunkwise.model.page_table import PageTable
 
 _TOKENS = 32
@@ -33,12 +35,18 @@ def attend(
     q: tl.tensor,
     keys: tl.tensor,
     values: tl.tensor,
-    keys_q: tl.tensor,
-    values_q: tl.tensor,
-    key_scales: tl.tensor,
-    value_scales: tl.tensor,
+    keys_8: tl.tensor,
+    values_8: tl.tensor,
+    key_scales_8: tl.tensor,
+    value_scales_8: tl.tensor,
+    keys_4: tl.tensor,
+    values_4: tl.tensor,
+    key_scales_4: tl.tensor,
+    value_scales_4: tl.tensor,
+    key_middles_4: tl.tensor,
+    value_middles_4: tl.tensor,
     numbers: tl.tensor,
-    int8: tl.tensor,
+    formats: tl.tensor,
     contexts: tl.tensor,
     partial: tl.tensor,
     statistics: tl.tensor,
@@ -50,6 +58,9 @@ def attend(
     DIM: tl.constexpr,
     PAGE: tl.constexpr,
     SPLITS: tl.constexpr,
+    FULL_STRIDE: tl.constexpr,
+    BYTES_8: tl.constexpr,
+    BYTES_4: tl.constexpr,
     MIXED: tl.constexpr,
     TOKENS: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
@@ -58,10 +69,11 @@ def attend(
 ) -> None:
     """One share of one sequence's softmax for the GROUP query heads of one KV head.
 
-    Grid: sequences S, KV heads, SPLITS. ``q`` [S, ≥ heads·DIM] with ``q_stride``; pools [pages, KV, PAGE, DIM], scales
-    [pages, KV, DIM] and [pages, KV, PAGE]; ``numbers`` and ``int8`` [S, table_width]; ``contexts`` [S]. With H the
-    query heads of the grid: ``partial`` [S, H, SPLITS, DIM] gets the share's weighted mean of values, ``statistics``
-    [S, H, SPLITS, 2] the log-sum-exp of its scores and their weighted mean; an empty share has log-sum-exp -inf.
+    Grid: sequences S, KV heads, SPLITS. ``q`` [S, ≥ heads·DIM] with ``q_stride``; the parts of pages are a layer's, see
+    `kv.pools`: full ones lie FULL_STRIDE numbers apart, small ones BYTES_8 or BYTES_4; ``numbers`` and ``formats`` [S,
+    table_width]; ``contexts`` [S]. With H the query heads of the grid: ``partial`` [S, H, SPLITS, DIM] gets the share's
+    weighted mean of values, ``statistics`` [S, H, SPLITS, 2] the log-sum-exp of its scores and their weighted mean; an
+    empty share has log-sum-exp -inf.
     """
     sequence, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     context = tl.load(contexts + sequence).to(tl.int32)
@@ -82,27 +94,47 @@ def attend(
         live = tokens < end
         entry = sequence * table_width + tokens // PAGE
         number = tl.load(numbers + entry, mask=live, other=0).to(tl.int64)
-        run = number * KV + kv
-        at = run * PAGE + tokens % PAGE
+        row = kv * PAGE + tokens % PAGE
         if MIXED:
-            small = live & (tl.load(int8 + entry, mask=live, other=0) != 0)
-            full = live & (small == 0)
+            kind = tl.load(formats + entry, mask=live, other=0)
+            full = live & (kind == 0)
         else:
             full = live
-        key_mask = full[None, :] & (dims < DIM)[:, None]
-        key = tl.load(keys + at[None, :] * DIM + dims[:, None], mask=key_mask, other=0.0)
-        value_mask = full[:, None] & (dims < DIM)[None, :]
-        value = tl.load(values + at[:, None] * DIM + dims[None, :], mask=value_mask, other=0.0)
+        at = number * FULL_STRIDE + row * DIM
+        inside = dims < DIM
+        key = tl.load(keys + at[None, :] + dims[:, None], mask=full[None, :] & inside[:, None], other=0.0)
+        value = tl.load(values + at[:, None] + dims[None, :], mask=full[:, None] & inside[None, :], other=0.0)
         if MIXED:
-            key_mask = small[None, :] & (dims < DIM)[:, None]
-            key_q = tl.load(keys_q + at[None, :] * DIM + dims[:, None], mask=key_mask, other=0)
-            key_scale_at = key_scales + run[None, :] * DIM + dims[:, None]
-            key_scale = tl.load(key_scale_at, mask=key_mask, other=0.0)
-            key = tl.where(small[None, :], (key_q.to(tl.float32) * key_scale).to(key.dtype), key)
-            value_mask = small[:, None] & (dims < DIM)[None, :]
-            value_q = tl.load(values_q + at[:, None] * DIM + dims[None, :], mask=value_mask, other=0)
-            value_scale = tl.load(value_scales + at, mask=small, other=0.0)
-            value = tl.where(small[:, None], (value_q.to(tl.float32) * value_scale[:, None]).to(value.dtype), value)
+            small = live & (kind == 1)
+            key_mask, value_mask = small[None, :] & inside[:, None], small[:, None] & inside[None, :]
+            at = number * BYTES_8 + row * DIM
+            channel = number * (BYTES_8 // 4) + kv * DIM
+            key_8 = tl.load(keys_8 + at[None, :] + dims[:, None], mask=key_mask, other=0).to(tl.float32)
+            key_scale = tl.load(key_scales_8 + channel[None, :] + dims[:, None], mask=key_mask, other=0.0)
+            key = tl.where(small[None, :], (key_8 * key_scale).to(key.dtype), key)
+            value_8 = tl.load(values_8 + at[:, None] + dims[None, :], mask=value_mask, other=0).to(tl.float32)
+            value_scale = tl.load(value_scales_8 + number * (BYTES_8 // 4) + row, mask=small, other=0.0)
+            value = tl.where(small[:, None], (value_8 * value_scale[:, None]).to(value.dtype), value)
+
+            small = live & (kind == 2)
+            key_mask, value_mask = small[None, :] & inside[:, None], small[:, None] & inside[None, :]
+            half: tl.constexpr = DIM // 2
+            at = number * BYTES_4 + row * half
+            shift = dims // half * 4
+            channel = number * (BYTES_4 // 2) + kv * DIM
+            key_4 = tl.load(keys_4 + at[None, :] + (dims % half)[:, None], mask=key_mask, other=0).to(tl.int32)
+            key_4 = ((key_4 >> shift[:, None]) & 15).to(tl.float32) - 7.5
+            key_scale = tl.load(key_scales_4 + channel[None, :] + dims[:, None], mask=key_mask, other=0.0)
+            key_middle = tl.load(key_middles_4 + channel[None, :] + dims[:, None], mask=key_mask, other=0.0)
+            widened = key_4 * key_scale.to(tl.float32) + key_middle.to(tl.float32)
+            key = tl.where(small[None, :], widened.to(key.dtype), key)
+            token = number * (BYTES_4 // 2) + row
+            value_4 = tl.load(values_4 + at[:, None] + (dims % half)[None, :], mask=value_mask, other=0).to(tl.int32)
+            value_4 = ((value_4 >> shift[None, :]) & 15).to(tl.float32) - 7.5
+            value_scale = tl.load(value_scales_4 + token, mask=small, other=0.0).to(tl.float32)
+            value_middle = tl.load(value_middles_4 + token, mask=small, other=0.0).to(tl.float32)
+            widened = value_4 * value_scale[:, None] + value_middle[:, None]
+            value = tl.where(small[:, None] & inside[None, :], widened.to(value.dtype), value)
         if UPCAST:
             key = key.to(tl.float32)
         scores = tl.dot(query, key, input_precision="ieee") * scale
@@ -173,7 +205,7 @@ class PagedDecode:
 
     def _run(self, layer: int, q: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
         """Outputs [S, H, D] and entropies [S, H] of the query heads H of the first ``kv_heads``."""
-        shape, table = self._cache.shape, self._table
+        shape, table, pools = self._cache.shape, self._table, self._cache.pools
         sequences, dim = q.shape[0], shape.head_dim
         group = q.shape[1] // shape.heads
         heads = kv_heads * group
@@ -185,9 +217,9 @@ class PagedDecode:
         dim_block = max(triton.next_power_of_2(dim), 16)
         attend[sequences, kv_heads, self._splits](
             q,
-            *_pools(self._cache, layer),
+            *_parts(self._cache, layer),
             table.numbers,
-            table.int8,
+            table.formats,
             table.contexts,
             partial,
             statistics,
@@ -199,6 +231,9 @@ class PagedDecode:
             DIM=dim,
             PAGE=shape.page_size,
             SPLITS=self._splits,
+            FULL_STRIDE=pools[KvFormat.FULL].page_bytes // self._cache.dtype.itemsize,
+            BYTES_8=pools[KvFormat.INT8].page_bytes,
+            BYTES_4=pools[KvFormat.INT4].page_bytes,
             MIXED=table.mixed,
             TOKENS=_TOKENS,
             GROUP_BLOCK=max(triton.next_power_of_2(group), 16),
@@ -209,7 +244,11 @@ class PagedDecode:
         return out, entropy
 
 
-def _pools(cache: KvCache, layer: int) -> tuple[Tensor, ...]:
-    """A layer's pools: full keys and values, int8 keys and values, their scales."""
-    pools = (cache._keys, cache._values, cache._keys_q, cache._values_q, cache._key_scales, cache._value_scales)
-    return tuple(pool[layer] for pool in pools)
+def _parts(cache: KvCache, layer: int) -> tuple[Tensor, ...]:
+    """A layer's parts of full, int8 and int4 pages, each ``[pages, …]``."""
+    return tuple(
+        cache.pools[kind].tensors[part][:, layer]
+        for kind in (KvFormat.FULL, KvFormat.INT8, KvFormat.INT4)
+        for part in PARTS
+        if part in cache.pools[kind].tensors
+    )

@@ -13,8 +13,8 @@ from chunkwise_adapters.gate import LoraSegment
 
 @dataclass(frozen=True, slots=True)
 class StepSpan:
-    """The tokens of one sequence in a step: rows ``[first_row, first_row + tokens)``, the last of which sits at
-    position ``context - 1``; ``pages`` hold all ``context`` positions, perhaps with room for more."""
+    """The tokens of one sequence in a step: rows ``[first_row, first_row + tokens)``, the last of which attends to the
+    ``context`` tokens that are kept, itself included; ``pages`` hold them, perhaps with room for more."""
 
     first_row: int
     tokens: int
@@ -26,9 +26,9 @@ class StepSpan:
 class StepInput:
     """One ragged batch of ``T`` tokens of ``S`` sequences, whose ``spans`` follow each other: those of one token first.
 
-    ``ids``, ``positions`` and ``slots`` are ``[T]``; ``last_rows`` ``[S]`` are the rows whose next-token logits are
-    wanted, one per span. Of the rows ``scored_rows`` ``[P]`` only the log-probability of the token ``scored_ids``
-    ``[P]`` is wanted (prompt logprobs).
+    ``ids``, ``positions`` (among all tokens there were) and ``slots`` are ``[T]``; ``last_rows`` ``[S]`` are the rows
+    whose next-token logits are wanted, one per span. Of the rows ``scored_rows`` ``[P]`` only the log-probability of
+    the token ``scored_ids`` ``[P]`` is wanted (prompt logprobs).
     """
 
     ids: Tensor

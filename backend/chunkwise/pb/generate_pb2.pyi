@@ -99,6 +99,8 @@ class ShardState(google.protobuf.message.Message):
     KV_BYTES_BUDGET_FIELD_NUMBER: builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: builtins.int
     REUSED_TOKENS_FIELD_NUMBER: builtins.int
+    KV_REWRITTEN_PAGES_FIELD_NUMBER: builtins.int
+    KV_DROPPED_TOKENS_FIELD_NUMBER: builtins.int
     sequences: builtins.int
     """sequences is the number of live requests."""
     steered_requests: builtins.int
@@ -109,6 +111,12 @@ class ShardState(google.protobuf.message.Message):
     """resident_bytes is the resident set size of the shard process, in bytes."""
     reused_tokens: builtins.int
     """reused_tokens counts, since the start, prompt tokens found in the prefix cache instead of being computed."""
+    kv_rewritten_pages: builtins.int
+    """kv_rewritten_pages counts, since the start, pages that KV decisions turned into smaller ones, into fewer, or into
+    none.
+    """
+    kv_dropped_tokens: builtins.int
+    """kv_dropped_tokens counts, since the start, token positions of requests whose keys and values KV decisions gave up."""
     @property
     def kv_pages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___KvPages]:
         """kv_pages lists the pages of each format that are in use."""
@@ -122,8 +130,10 @@ class ShardState(google.protobuf.message.Message):
         kv_bytes_budget: builtins.int = ...,
         resident_bytes: builtins.int = ...,
         reused_tokens: builtins.int = ...,
+        kv_rewritten_pages: builtins.int = ...,
+        kv_dropped_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kv_bytes_budget", b"kv_bytes_budget", "kv_pages", b"kv_pages", "resident_bytes", b"resident_bytes", "reused_tokens", b"reused_tokens", "sequences", b"sequences", "steered_requests", b"steered_requests"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kv_bytes_budget", b"kv_bytes_budget", "kv_dropped_tokens", b"kv_dropped_tokens", "kv_pages", b"kv_pages", "kv_rewritten_pages", b"kv_rewritten_pages", "resident_bytes", b"resident_bytes", "reused_tokens", b"reused_tokens", "sequences", b"sequences", "steered_requests", b"steered_requests"]) -> None: ...
 
 Global___ShardState: typing_extensions.TypeAlias = ShardState
 
@@ -138,7 +148,7 @@ class KvPages(google.protobuf.message.Message):
     BYTES_FIELD_NUMBER: builtins.int
     IDLE_FIELD_NUMBER: builtins.int
     format: builtins.str
-    """format is the name of the format: "full" or "int8"."""
+    """format is the name of the format: "full", "int8" or "int4"."""
     used: builtins.int
     """used is the number of pages in use."""
     bytes: builtins.int
@@ -478,6 +488,7 @@ class Request(google.protobuf.message.Message):
     ADD_SPECIAL_TOKENS_FIELD_NUMBER: builtins.int
     CHUNK_LEN_FIELD_NUMBER: builtins.int
     PROMPT_IDS_FIELD_NUMBER: builtins.int
+    RESUMED_IDS_FIELD_NUMBER: builtins.int
     id: builtins.int
     inputs: builtins.str
     truncate: builtins.int
@@ -504,6 +515,12 @@ class Request(google.protobuf.message.Message):
     def prompt_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """prompt_ids are the prompt's token ids as the router computed them; empty makes the shard tokenise the text itself."""
 
+    @property
+    def resumed_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """resumed_ids are the first tokens of the answer, which the request got before it was pre-empted. It goes on behind
+        them as if nothing had happened: they count as generated, and no Generation repeats them. Fewer than max_new_tokens.
+        """
+
     def __init__(
         self,
         *,
@@ -522,9 +539,10 @@ class Request(google.protobuf.message.Message):
         add_special_tokens: builtins.bool = ...,
         chunk_len: builtins.int | None = ...,
         prompt_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        resumed_ids: collections.abc.Iterable[builtins.int] | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_adapter_id", b"_adapter_id", "_chunk_len", b"_chunk_len", "adapter_id", b"adapter_id", "chunk_len", b"chunk_len", "input_chunks", b"input_chunks", "parameters", b"parameters", "stopping_parameters", b"stopping_parameters"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_adapter_id", b"_adapter_id", "_chunk_len", b"_chunk_len", "adapter_id", b"adapter_id", "add_special_tokens", b"add_special_tokens", "blocks", b"blocks", "cache_len", b"cache_len", "chunk_len", b"chunk_len", "id", b"id", "input_chunks", b"input_chunks", "inputs", b"inputs", "parameters", b"parameters", "prefill_logprobs", b"prefill_logprobs", "prompt_ids", b"prompt_ids", "slots", b"slots", "stopping_parameters", b"stopping_parameters", "top_n_tokens", b"top_n_tokens", "truncate", b"truncate"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_adapter_id", b"_adapter_id", "_chunk_len", b"_chunk_len", "adapter_id", b"adapter_id", "add_special_tokens", b"add_special_tokens", "blocks", b"blocks", "cache_len", b"cache_len", "chunk_len", b"chunk_len", "id", b"id", "input_chunks", b"input_chunks", "inputs", b"inputs", "parameters", b"parameters", "prefill_logprobs", b"prefill_logprobs", "prompt_ids", b"prompt_ids", "resumed_ids", b"resumed_ids", "slots", b"slots", "stopping_parameters", b"stopping_parameters", "top_n_tokens", b"top_n_tokens", "truncate", b"truncate"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_adapter_id", b"_adapter_id"]) -> typing.Literal["adapter_id"] | None: ...
     @typing.overload
@@ -569,10 +587,16 @@ class CachedBatch(google.protobuf.message.Message):
     SIZE_FIELD_NUMBER: builtins.int
     MAX_TOKENS_FIELD_NUMBER: builtins.int
     CURRENT_TOKENS_FIELD_NUMBER: builtins.int
+    FREE_PAGES_FIELD_NUMBER: builtins.int
     id: builtins.int
     size: builtins.int
     max_tokens: builtins.int
     current_tokens: builtins.int
+    free_pages: builtins.int
+    """free_pages is how many pages of format "full" the KV cache has room for beyond what all live requests of the shard
+    need for the tokens they have, those of the next step included; pages kept for reuse alone count as room. Below 0,
+    the next steps lack pages. Unset by a server that does not tell, and without meaning in a request.
+    """
     @property
     def request_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]: ...
     def __init__(
@@ -583,8 +607,11 @@ class CachedBatch(google.protobuf.message.Message):
         size: builtins.int = ...,
         max_tokens: builtins.int = ...,
         current_tokens: builtins.int = ...,
+        free_pages: builtins.int | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["current_tokens", b"current_tokens", "id", b"id", "max_tokens", b"max_tokens", "request_ids", b"request_ids", "size", b"size"]) -> None: ...
+    def HasField(self, field_name: typing.Literal["_free_pages", b"_free_pages", "free_pages", b"free_pages"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["_free_pages", b"_free_pages", "current_tokens", b"current_tokens", "free_pages", b"free_pages", "id", b"id", "max_tokens", b"max_tokens", "request_ids", b"request_ids", "size", b"size"]) -> None: ...
+    def WhichOneof(self, oneof_group: typing.Literal["_free_pages", b"_free_pages"]) -> typing.Literal["free_pages"] | None: ...
 
 Global___CachedBatch: typing_extensions.TypeAlias = CachedBatch
 

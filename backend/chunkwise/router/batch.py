@@ -42,6 +42,11 @@ class ShardBatch:
         return self._cached.request_ids if self._cached is not None else ()
 
     @property
+    def free_pages(self) -> int | None:
+        """See `CachedBatch`; None also without a batch."""
+        return self._cached.free_pages if self._cached is not None else None
+
+    @property
     def is_ahead(self) -> bool:
         """Whether the next step has been sent already."""
         return self._ahead is not None

@@ -79,6 +79,20 @@ class Helm:
         if self._controller is not None:
             self._controller.extend(request_id, token_id)
 
+    def pause(self, request_id: int) -> None:
+        """A request leaves the batch, to come back later; the next flush makes the shards forget it."""
+        if self._controller is not None:
+            self._controller.pause(request_id)
+
+    def resume(self, request_id: int) -> None:
+        """A paused request is about to join the batch again."""
+        if self._controller is not None:
+            self._controller.resume(request_id)
+
+    def compress(self) -> bool:
+        """Memory is short: has one more request compressed. False if there is none."""
+        return self._controller is not None and self._controller.compress_next()
+
     def release(self, request: GenerationRequest, length: int) -> SteeringReport:
         """Forgets a request, and tells what was done to its first ``length`` tokens."""
         if self._controller is None:

@@ -36,10 +36,15 @@ class ServingStopped(GenerationFailed):
 
 @dataclass(slots=True)
 class _Live:
-    """A request in the batch. ``generated`` counts the tokens it has got so far."""
+    """A request in the batch, and the tokens it has got so far."""
 
     request: GenerationRequest
-    generated: int = 0
+    ids: list[int]
+
+    @property
+    def generated(self) -> int:
+        """Number of tokens it has got so far."""
+        return len(self.ids)
 
     @property
     def computed(self) -> int:
@@ -68,6 +73,7 @@ class Loop:
         self._ids = itertools.count(1)
         self._answers: dict[int, Answer] = {}
         self._live: dict[int, _Live] = {}
+        self._preempted: set[int] = set()
         self._cancelled: set[int] = set()
         self._outbox: list[tuple[Answer, Event]] = []
         self._wake = asyncio.Event()
@@ -129,16 +135,19 @@ class Loop:
 
     def _give_up(self, request_id: int) -> None:
         self._answers.pop(request_id, None)
-        if not self._backlog.remove(request_id):
+        waiting = self._backlog.remove(request_id)
+        if waiting is None:
             self._cancelled.add(request_id)
+        elif request_id in self._preempted:
+            self._preempted.remove(request_id)
+            self._helm.release(waiting, 0)
 
     async def _turn(self) -> None:
         """One step, or a wait for work. A failed call ends all requests in the batch and no others."""
         try:
             admitted: tuple[GenerationRequest, ...] = ()
             if not self._batch.is_ahead:
-                self._drop_cancelled()
-                await self._batch.keep(self._live.keys())
+                await self._make_room()
                 admitted = self._admit()
             if self._live or self._batch.is_ahead:
                 self._take(await self._batch.step(admitted, self._hand_out, self._goes_on))
@@ -159,8 +168,8 @@ class Loop:
 
     def _goes_on(self) -> bool:
         """Whether, as far as can be known while a step runs, the next one is a decode of the same batch: nobody waits,
-        nobody has given up, and somebody has tokens to come after this step's."""
-        if self._backlog or self._cancelled:
+        nobody has given up, memory is not short, and somebody has tokens to come after this step's."""
+        if self._backlog or self._cancelled or self._is_short():
             return False
         return any(live.generated + 1 < live.request.stopping.max_new_tokens for live in self._live.values())
 
@@ -176,14 +185,56 @@ class Loop:
             self._helm.release(live.request, live.computed)
         self._cancelled.clear()
 
+    async def _make_room(self) -> None:
+        """Drops who has given up. When memory is short, has a request compressed, and as long as even the next step
+        lacks pages, pre-empts the youngest: the oldest always goes on, and alone it fits."""
+        while True:
+            self._drop_cancelled()
+            await self._batch.keep(self._live.keys())
+            if not self._lacks_pages() or len(self._live) < 2:
+                break
+            if not self._cancelled:
+                self._preempt(max(self._live))
+        if self._is_short():
+            self._helm.compress()
+
+    def _lacks_pages(self) -> bool:
+        return self._batch.free_pages is not None and self._batch.free_pages < 0
+
+    def _spare_pages(self) -> int | None:
+        """Pages that are free beyond what the live requests need and may grow by; None if the shards do not tell."""
+        if self._batch.free_pages is None:
+            return None
+        growth = sum(self._capacity.growth(live.request, live.generated) for live in self._live.values())
+        return self._batch.free_pages - growth
+
+    def _is_short(self) -> bool:
+        """Whether the live requests have no room to grow, or the next one that waits has no room to come in."""
+        spare = self._spare_pages()
+        return spare is not None and (spare < 0 or self._backlog.lacks(spare))
+
+    def _preempt(self, request_id: int) -> None:
+        live = self._live.pop(request_id)
+        self._helm.pause(request_id)
+        self._preempted.add(request_id)
+        # Prompt logprobs came with the first token.
+        logprobs = live.request.prefill_logprobs and not live.ids
+        request = replace(live.request, resumed_ids=tuple(live.ids), chunk_len=None, prefill_logprobs=logprobs)
+        self._backlog.put_back(request)
+        self._metrics.preemptions.inc()
+
     def _admit(self) -> tuple[GenerationRequest, ...]:
         live = [live.request for live in self._live.values()]
-        admitted = self._backlog.next_batch(live, self._batch.current_tokens)
+        admitted = self._backlog.next_batch(live, self._batch.current_tokens, self._spare_pages())
         now = self.clock()
         for request in admitted:
-            self._helm.admit(request)
-            self._live[request.id] = _Live(request)
-            self._answers[request.id].started_at = now
+            if request.id in self._preempted:
+                self._preempted.remove(request.id)
+                self._helm.resume(request.id)
+            else:
+                self._helm.admit(request)
+                self._answers[request.id].started_at = now
+            self._live[request.id] = _Live(request, list(request.resumed_ids))
         if admitted:
             self._metrics.next_size.observe(len(admitted))
         return admitted
@@ -207,7 +258,7 @@ class Loop:
             kind = InvalidRequest if generation.error.kind == "validation" else GenerationFailed
             self._fail(request.id, kind(generation.error.message))
             return
-        live.generated += 1
+        live.ids.append(generation.token.id)
         ending = None
         if generation.text is not None:
             del self._live[request.id]

@@ -93,6 +93,9 @@ class Metrics:
         self.batch_success = PlainCounter("tgi_batch_inference_success", "Steps done", registry, "method")
         self.batch_failure = PlainCounter("tgi_batch_inference_failure", "Steps failed", registry, "method")
         self.batch_concat = PlainCounter("tgi_batch_concat", "Merges into a running batch", registry, "reason")
+        self.preemptions = Counter(
+            "chunkwise_preemptions", "Running requests put back into the queue for want of memory", registry=registry
+        )
         self.next_size = Histogram("tgi_batch_next_size", "Requests admitted", buckets=_SIZES, registry=registry)
 
         def by_method(name: str, documentation: str) -> Histogram:

@@ -189,7 +189,13 @@ class Relay:
             self._batches[name] = result.batch
             cached = self._described(name, result.batch)
         self._release(id for id in ids if id not in going_on)
+        self._relieve(result.batch)
         return replace(result, generations=tuple(generations), batch=cached)
+
+    def _relieve(self, batch: CachedBatch | None) -> None:
+        """Has a request compressed when the shards lack a page for each. Whom to admit is for the caller to decide."""
+        if batch is not None and batch.free_pages is not None and batch.free_pages < len(self._live):
+            self._helm.compress()
 
     def _taken(self, generation: Generation) -> Generation:
         live = self._live[generation.request_id]

@@ -62,4 +62,5 @@ def capacity_of(limits: Limits, usable: WarmupLimits, info: ShardInfo) -> Capaci
         prefill_tokens=limits.max_batch_prefill_tokens,
         total_tokens=usable.max_supported_total_tokens,
         batch_size=limits.max_batch_size,
+        growth_tokens=limits.kv_growth_reserve,
     )

@@ -1,10 +1,11 @@
-"""The adapters of one rank at start: read, checked, ordered by the saved ladder or a plain one, made resident."""
+"""The adapters of one rank: read, checked, ordered by the saved ladder or a plain one, made resident."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from chunkwise.config.settings import AdapterSource
@@ -22,29 +23,30 @@ from chunkwise_adapters.store import AdapterStore
 logger = logging.getLogger(__name__)
 
 
-def load_adapters(sources: Sequence[AdapterSource], model: Llama, model_dir: Path) -> AdapterStore:
+def load_adapters(
+    sources: Sequence[AdapterSource], model: Llama, model_dir: Path, slots: int | None = None
+) -> AdapterStore:
     """The adapters of a model read from ``model_dir``, each with the ladder saved in its directory; where there is
-    none, with the plain one and global allocation, which no other ladder beat at any rank on real adapters.
+    none, with the plain one and global allocation, which no other ladder beat at any rank on real adapters. With
+    ``slots`` all are checked, and the first so many kept in memory; the others are read again when a request asks for
+    them.
 
     Raises:
         UnsupportedModel: an adapter or its ladder cannot be served, or the ranks found different ladders.
     """
-    store = AdapterStore(target_slices(model.spec, model.plan), model.dtype, model.device)
-    for source in sources:
+    store = AdapterStore(target_slices(model.spec, model.plan), model.dtype, model.device, slots)
+    # The last that is asked for stays, so that the first sources are those that are in memory at start.
+    for source in reversed(sources):
         start = time.perf_counter()
         directory = locate(source.source, source.revision)
+        read = partial(_read, directory, source.name, model, model_dir)
         try:
-            weights = load_adapter(directory, source.name, model.spec.target_shapes())
-            file = find_ladder(directory, source.name)
-            ladder = (
-                build_ladder(weights, allocation="global")
-                if file is None
-                else load_ladder(file, weights, base_hash(model_dir))
-            )
+            ladder = read()
         except AdapterError as error:
             raise UnsupportedModel(f"adapter {source.name!r} cannot be served: {error}") from error
+        file = find_ladder(directory, source.name)
         _check_same(ladder, file, model.group)
-        adapter = store.add(ladder)
+        adapter = store.add(ladder, read)
         logger.info(
             "adapter %s: %s ladder%s, %s ranks, rungs %s, %d bytes, %.1f s",
             source.name,
@@ -56,6 +58,14 @@ def load_adapters(sources: Sequence[AdapterSource], model: Llama, model_dir: Pat
             time.perf_counter() - start,
         )
     return store
+
+
+def _read(directory: Path, name: str, model: Llama, model_dir: Path) -> RankLadder:
+    weights = load_adapter(directory, name, model.spec.target_shapes())
+    file = find_ladder(directory, name)
+    if file is None:
+        return build_ladder(weights, allocation="global")
+    return load_ladder(file, weights, base_hash(model_dir))
 
 
 def _check_same(ladder: RankLadder, file: Path | None, group: Group) -> None:

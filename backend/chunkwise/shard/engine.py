@@ -81,7 +81,8 @@ class Engine:
         self._adapters = adapters
         self._decisions = decisions
         self._settings = settings
-        self._admission = Admission(tokenizer, adapters, model.spec.vocab, grammars, settings.watermark)
+        agree = self._agree if adapters.evicts else bool
+        self._admission = Admission(tokenizer, adapters, model.spec.vocab, grammars, settings.watermark, agree)
         self._eos_id = min(tokenizer.eos_ids, default=0)
         self._batches: dict[int, list[Sequence]] = {}
         self._live = 0
@@ -95,7 +96,7 @@ class Engine:
         return self._model.group
 
     def info(self) -> ShardInfo:
-        """What a router must know before Warmup; the type is that of the weights, unless they are in 8 bits."""
+        """What a router must know before Warmup; the type is that of the weights, unless they are in 8 or 4 bits."""
         stored = self._model.storage
         return ShardInfo(
             dtype=str(stored if stored.is_floating_point else self._model.dtype).removeprefix("torch."),
@@ -119,6 +120,8 @@ class Engine:
             kv_bytes_budget=cache.allocator.budget_bytes if cache else 0,
             resident_bytes=resident_bytes(),
             reused_tokens=cache.prefix.reused_pages * PAGE_SIZE if cache else 0,
+            kv_rewritten_pages=cache.rewritten_pages if cache else 0,
+            kv_dropped_tokens=cache.dropped_tokens if cache else 0,
         )
 
     def warmup(
@@ -301,12 +304,25 @@ class Engine:
             if errors:
                 raise GenerationFailed(f"warm-up failed: {errors[0].message}")
 
+    def _agree(self, fine: bool) -> bool:
+        return self._model.group.minimum(int(fine)) == 1
+
     def _describe(self, batch_id: int, sequences: SequenceOf[Sequence]) -> CachedBatch:
         return CachedBatch(
             batch_id,
             tuple(s.request.id for s in sequences),
             max_tokens=sum(s.prompt_tokens + s.request.stopping.max_new_tokens for s in sequences),
             current_tokens=next_step_tokens(sequences, self._runner.budget) if self._runner else 0,
+            free_pages=self._free_pages(),
+        )
+
+    def _free_pages(self) -> int:
+        """See `CachedBatch`. Tokens that are dropped later count in full: they are computed first."""
+        room = self._require_runner().cache.allocator.room(KvFormat.FULL)
+        return room - sum(
+            -(-len(sequence.ids) // PAGE_SIZE) + -sequence.computed // PAGE_SIZE
+            for sequences in self._batches.values()
+            for sequence in sequences
         )
 
     def _pop(self, batch_id: int) -> list[Sequence]:

@@ -47,8 +47,9 @@ def pack(spans: SequenceOf[Span], page_size: int, device: torch.device) -> StepI
         first_rows.append(len(ids))
         ids.extend(sequence.ids[sequence.computed : span.context])
         for position in range(sequence.computed, span.context):
+            page, offset = divmod(sequence.slot(position), page_size)
             positions.append(position)
-            slots.append(sequence.pages[position // page_size].number * page_size + position % page_size)
+            slots.append(sequence.pages[page].number * page_size + offset)
 
     def tensor(values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
@@ -62,7 +63,7 @@ def pack(spans: SequenceOf[Span], page_size: int, device: torch.device) -> StepI
         scored_rows=tensor([row for row, _ in scored]),
         scored_ids=tensor([id for _, id in scored]),
         spans=tuple(
-            StepSpan(row, span.tokens, span.context, span.sequence.pages)
+            StepSpan(row, span.tokens, span.sequence.slot(span.context), span.sequence.pages)
             for row, span in zip(first_rows, spans, strict=True)
         ),
         segments=_segments(spans, first_rows, device),

@@ -21,6 +21,7 @@ from chunkwise.core import (
     Generation,
     GenerationFailed,
     InvalidRequest,
+    KvDecision,
     KvFormat,
     RequestError,
     SequenceSignals,
@@ -32,6 +33,7 @@ from chunkwise.model.step import StepOutput
 from chunkwise.shard.decisions import DecisionTable
 from chunkwise.shard.packing import pack
 from chunkwise.shard.readings import Readings, read_logits
+from chunkwise.shard.retention import kept_pages
 from chunkwise.shard.scheduler import Span, schedule
 from chunkwise.shard.sequence import PrefixTrail, Sequence
 from chunkwise.tokenizer import Tokenizer
@@ -103,14 +105,18 @@ class StepRunner:
         return outcome
 
     def reuse_prefix(self, sequence: Sequence) -> None:
-        """Gives a new sequence the pages of its prompt that an earlier request computed alike; at least the prompt's
-        last token is left to compute. Raises as `Sequence.follow`."""
+        """Gives a new sequence the pages of its prompt that an earlier request computed alike, none behind the position
+        of its first KV decision; at least the prompt's last token is left to compute. Raises as `Sequence.follow` and
+        `Retention.accept`."""
         sequence.follow(self._decisions.take_chunks(sequence.request.id))
+        for decision in self._decisions.take_kv(sequence.request.id):
+            sequence.kv.accept(decision, sequence.computed)
         if sequence.request.prefill_logprobs:
             return
         size, prefix = self._cache.shape.page_size, self._cache.prefix
         adapter_hash = sequence.adapter.content_hash if sequence.adapter is not None else None
-        keys = [sequence.page_key(place, size) for place in range((len(sequence.ids) - 1) // size)]
+        reusable = min(sequence.computable, len(sequence.ids) - 1) // size
+        keys = [sequence.page_key(place, size) for place in range(reusable)]
         nodes = prefix.match(adapter_hash, keys)
         sequence.pages = [node.page for node in nodes if node.page is not None]
         sequence.computed = len(nodes) * size
@@ -134,21 +140,35 @@ class StepRunner:
         return True
 
     def _follow_decisions(self, sequence: Sequence) -> None:
-        """Checks new chunk decisions and rewrites the pages whose KV policy has become effective."""
+        """Checks new decisions and rewrites the pages whose KV policy takes effect now."""
         request_id = sequence.request.id
         sequence.follow(self._decisions.take_chunks(request_id))
         for decision in self._decisions.take_kv(request_id):
-            sequence.permit_compression(decision)
-        places = sequence.take_compressible_pages(self._cache.shape.page_size) if sequence.compressible else []
-        if places:
-            # What follows is computed over 8-bit pages, which no other request starts from.
-            sequence.trail = None
-            fresh = self._cache.compress([sequence.pages[place] for place in places])
-            for place, page in zip(places, fresh, strict=True):
-                sequence.pages[place] = page
+            sequence.kv.accept(decision, sequence.computed)
+        for decision in sequence.kv.take_due(sequence.computed):
+            self._rewrite(sequence, decision)
+
+    def _rewrite(self, sequence: Sequence, decision: KvDecision) -> None:
+        size = self._cache.shape.page_size
+        places = sequence.kv.grant(decision, len(sequence.pages), size)
+        old = sequence.pages[places]
+        if not old:
+            return
+        kept, smallest = kept_pages(len(old), decision.drop_percent), max(page.format for page in old)
+        if kept == len(old):
+            fresh = self._cache.compress(old, decision.format)
+        else:
+            packed = self._cache.pack(old, max(decision.format, smallest), kept, decision.scorer)
+            if packed is None:
+                return
+            fresh = packed
+            sequence.kv.drop(places, kept, size)
+        sequence.pages[places] = fresh
+        # What follows is computed over other keys than a prompt gives, which no other request starts from.
+        sequence.trail = None
 
     def _reserve(self, sequence: Sequence, context: int) -> None:
-        while len(sequence.pages) * self._cache.shape.page_size < context:
+        while len(sequence.pages) * self._cache.shape.page_size < sequence.slot(context):
             sequence.pages.append(self._cache.allocate(KvFormat.FULL))
 
     def _advance(self, spans: SequenceOf[Span], output: StepOutput, outcome: StepOutcome) -> None:

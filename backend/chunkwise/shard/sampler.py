@@ -84,19 +84,31 @@ class TokenChooser:
         scores = self._warp(scores)
         log_p = scores.log_softmax(dim=-1)
         id = self._draw(log_p) if self._params.samples else int(log_p.argmax().item())
+        self._take(id)
+        return id, log_p
+
+    def replay(self, id: int) -> None:
+        """Comes to the state behind a token that an equal chooser chose before."""
+        if self._params.samples:
+            self._next_random()
+        self._take(id)
+
+    def _take(self, id: int) -> None:
         if self._penalises:
             self._counts[id] += 1
         if self._grammar is not None:
             self._grammar.advance(id)
         self._previous = id
-        return id, log_p
+
+    def _next_random(self) -> Tensor:
+        return torch.rand((), generator=self._random, dtype=torch.float64)
 
     def _draw(self, log_p: Tensor) -> int:
         """A token drawn by inverting the distribution function: one random number, whatever the vocabulary. On the CPU,
         which adds up in the same order on every rank."""
         distribution = log_p.softmax(dim=-1).cpu().cumsum(dim=-1, dtype=torch.float64)
         # In (0, 1], so that a token of probability 0 is never hit, not even the first.
-        point = 1.0 - torch.rand((), generator=self._random, dtype=torch.float64)
+        point = 1.0 - self._next_random()
         return int(torch.searchsorted(distribution, point * distribution[-1]).item())
 
     def _penalise(self, scores: Tensor) -> Tensor:
@@ -140,3 +152,7 @@ class ForcedChooser(TokenChooser):
     def choose(self, logits: Tensor) -> tuple[int, Tensor]:
         """The next given token, and the log-probabilities ``[V]`` of raw ``logits``."""
         return next(self._forced), logits.log_softmax(dim=-1)
+
+    def replay(self, id: int) -> None:
+        """See `TokenChooser`."""
+        next(self._forced)

@@ -17,7 +17,7 @@ class Span:
 
     @property
     def context(self) -> int:
-        """Positions the span's last token attends to, itself included."""
+        """Positions up to the span's last token, itself included."""
         return self.sequence.computed + self.tokens
 
     @property
@@ -29,7 +29,8 @@ class Span:
 def schedule(sequences: SequenceOf[Sequence], budget: int) -> list[Span]:
     """The next step: every decoding sequence advances by exactly one token; what is left of ``budget`` tokens goes to
     prompts, in order. Decoding spans come first, those of one adapter side by side, so that the adapter is applied to
-    adjacent rows. A sequence's first step keeps to its request's ``chunk_len``.
+    adjacent rows. A sequence's first step keeps to its request's ``chunk_len``, and no span crosses the position at
+    which a KV decision takes effect.
     """
     decoding = [Span(s, 1) for s in sequences if s.remaining == 1]
     decoding.sort(key=lambda span: span.sequence.request.adapter_id or "")
@@ -38,7 +39,7 @@ def schedule(sequences: SequenceOf[Sequence], budget: int) -> list[Span]:
     for sequence in sequences:
         if sequence.remaining == 1:
             continue
-        wanted = sequence.remaining
+        wanted = sequence.computable
         if sequence.computed == 0 and sequence.request.chunk_len:
             wanted = min(wanted, sequence.request.chunk_len)
         tokens = min(wanted, left)

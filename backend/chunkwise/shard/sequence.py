@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-from chunkwise.core import ChunkDecision, GenerationRequest, KvDecision, KvFormat, SteeringViolation
+from chunkwise.core import ChunkDecision, GenerationRequest, SteeringViolation
 from chunkwise.kv.pages import PageRef
 from chunkwise.kv.prefix import PageKey, PrefixNode
 from chunkwise.shard.detokenizer import Detokenizer
+from chunkwise.shard.retention import Retention
 from chunkwise.shard.sampler import TokenChooser
 from chunkwise_adapters.gate import GatedSpan, gate_key
 from chunkwise_adapters.store import ResidentAdapter
@@ -26,8 +27,9 @@ class PrefixTrail:
 class Sequence:
     """One request being served.
 
-    ``ids`` are prompt and generated tokens; ``computed`` of them have their keys and values in ``pages``. A sequence
-    with one token left to compute decodes; with more it is still reading its prompt.
+    ``ids`` are prompt and generated tokens; ``computed`` of them have their keys and values in ``pages``, but for those
+    that ``kv`` says were dropped. A sequence with one token left to compute decodes; with more it is still reading its
+    prompt.
     """
 
     request: GenerationRequest
@@ -40,13 +42,23 @@ class Sequence:
     pages: list[PageRef] = field(default_factory=list)
     trail: PrefixTrail | None = None
     chunks: list[ChunkDecision] = field(default_factory=list)
-    compressible: list[tuple[int, int]] = field(default_factory=list)
+    kv: Retention = field(default_factory=Retention)
     prompt_logprobs: list[float] = field(default_factory=list)
 
     @property
     def remaining(self) -> int:
         """Tokens whose keys and values are not computed yet; at least 1 in a live sequence."""
         return len(self.ids) - self.computed
+
+    @property
+    def computable(self) -> int:
+        """How many of them the next step may compute: none beyond the position of a KV decision that waits."""
+        stop = self.kv.next_effective(self.computed)
+        return self.remaining if stop is None else min(self.remaining, stop - self.computed)
+
+    def slot(self, position: int) -> int:
+        """The place of a position that is not computed yet among the tokens that are kept."""
+        return position - self.kv.dropped
 
     @property
     def generated(self) -> int:
@@ -82,35 +94,3 @@ class Sequence:
             if self.adapter is not None:
                 self.adapter.rung_index(chunk.rung)
             self.chunks.append(chunk)
-
-    def permit_compression(self, decision: KvDecision) -> None:
-        """Adds a chunk's range to what may be stored in 8 bits; adjacent ranges join. Raises SteeringViolation for a
-        range that is not computed yet or does not follow the ranges before it."""
-        if decision.format is KvFormat.FULL:
-            return
-        if not decision.start < decision.end <= self.computed:
-            raise SteeringViolation(
-                f"KV decision of request {decision.request_id} covers [{decision.start}, {decision.end}); "
-                f"it must be a non-empty range within the {self.computed} computed positions"
-            )
-        if self.compressible and decision.start < self.compressible[-1][1]:
-            raise SteeringViolation(
-                f"KV decision of request {decision.request_id} starts at {decision.start}, but an earlier one ends at "
-                f"{self.compressible[-1][1]}; ranges must ascend without overlap"
-            )
-        start = decision.start
-        if self.compressible and self.compressible[-1][1] == start:
-            start = self.compressible.pop()[0]
-        self.compressible.append((start, decision.end))
-
-    def take_compressible_pages(self, page_size: int) -> list[int]:
-        """Places in ``pages`` of full pages all of whose tokens may be stored in 8 bits."""
-        places = [
-            place
-            for start, end in self.compressible
-            for place in range(-(-start // page_size), end // page_size)
-            if self.pages[place].format is KvFormat.FULL
-        ]
-        # Only the newest range can still grow; older ranges are done with.
-        del self.compressible[:-1]
-        return places

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chunkwise.config.policy import SteeringPolicy
-from chunkwise.core import AdapterInfo, ChunkDecision, SteeringUpdate, StepSignals
+from chunkwise.core import AdapterInfo, ChunkDecision, KvDecision, SteeringUpdate, StepSignals
 from chunkwise.steering.plans import RankPlan, make_plan
 from chunkwise.steering.ranks import RankSelector
 from chunkwise.steering.report import SteeringReport
@@ -24,7 +24,9 @@ class SteeringController:
         self._policy = policy
         self._plans: dict[AdapterInfo, RankPlan | RankSelector] = {}
         self._sequences: dict[int, SteeredSequence] = {}
+        self._paused: set[int] = set()
         self._chunks: list[ChunkDecision] = []
+        self._kv: list[KvDecision] = []
         self._released: list[int] = []
         self._seq = 0
 
@@ -34,7 +36,8 @@ class SteeringController:
         return self._seq
 
     def admit(self, request_id: int, prompt_ids: Sequence[int], adapter: AdapterInfo | None) -> None:
-        """Plans the prompt of a new request. Without an adapter its chunks steer the KV cache alone.
+        """Plans the prompt of a new request. Without an adapter its chunks steer the KV cache alone. Beside requests
+        that are compressed because memory is short, it is compressed from the start.
 
         Raises:
             ValueError: the id is live already, the prompt is empty, or the adapter's rungs are malformed.
@@ -43,7 +46,8 @@ class SteeringController:
         if request_id in self._sequences:
             raise ValueError(f"request {request_id} is already steered; ids are used once")
         ranks = self._ranks(adapter) if adapter is not None else None
-        sequence = SteeredSequence(request_id, prompt_ids, self._policy, ranks)
+        short = any(sequence.compressed for sequence in self._sequences.values())
+        sequence = SteeredSequence(request_id, prompt_ids, self._policy, ranks, compressed=short)
         self._sequences[request_id] = sequence
         self._chunks.extend(sequence.decisions())
 
@@ -62,8 +66,33 @@ class SteeringController:
             if sequence is None:
                 continue
             decision = sequence.observe(of_sequence)
-            if decision is not None:
+            if decision is not None and of_sequence.request_id not in self._paused:
                 self._chunks.append(decision)
+
+    def pause(self, request_id: int) -> None:
+        """A request has been pre-empted: the next update releases it on the shards, and no decision of it is sent
+        before `resume`. Raises ValueError if it is not live."""
+        self._sequence(request_id)
+        self._paused.add(request_id)
+        self._forget(request_id)
+
+    def resume(self, request_id: int) -> None:
+        """A request that was paused, which the shards have been told, is about to be computed anew from its beginning:
+        the next update repeats all its decisions. Raises ValueError if it is not live."""
+        sequence = self._sequence(request_id)
+        self._paused.remove(request_id)
+        self._kv.extend(sequence.resume())
+        self._chunks.extend(sequence.decisions())
+
+    def compress_next(self) -> bool:
+        """Memory is short: has the oldest request compressed that is not yet; False if all are, or none can be. To be
+        called between steps, when every token generated so far has been given."""
+        running = (sequence for id, sequence in self._sequences.items() if id not in self._paused)
+        oldest = next((sequence for sequence in running if not sequence.compressed), None)
+        if oldest is None or self._policy.kv.kind == "full":
+            return False
+        oldest.compress()
+        return True
 
     def report(self, request_id: int, length: int) -> SteeringReport:
         """What steering did to the first ``length`` positions of a request. Raises ValueError if it is not live."""
@@ -77,8 +106,8 @@ class SteeringController:
         sequence = self._sequences.pop(request_id, None)
         if sequence is None:
             return None
-        self._chunks = [decision for decision in self._chunks if decision.request_id != request_id]
-        self._released.append(request_id)
+        self._paused.discard(request_id)
+        self._forget(request_id)
         return sequence.report(sequence.computed)
 
     def flush(self, ahead: bool = False) -> SteeringUpdate | None:
@@ -87,12 +116,14 @@ class SteeringController:
         Args:
             ahead: the step before the one to be sent still runs, and its tokens have not been given yet.
         """
-        kv = tuple(decision for sequence in self._sequences.values() for decision in sequence.due_kv(ahead))
-        if not (self._chunks or kv or self._released):
+        for request_id, sequence in self._sequences.items():
+            if request_id not in self._paused:
+                self._kv.extend(sequence.due_kv(ahead))
+        if not (self._chunks or self._kv or self._released):
             return None
         self._seq += 1
-        update = SteeringUpdate(self._seq, tuple(self._chunks), kv, tuple(self._released))
-        self._chunks, self._released = [], []
+        update = SteeringUpdate(self._seq, tuple(self._chunks), tuple(self._kv), tuple(self._released))
+        self._chunks, self._kv, self._released = [], [], []
         return update
 
     def _ranks(self, adapter: AdapterInfo) -> RankPlan | RankSelector:
@@ -100,6 +131,12 @@ class SteeringController:
         if ranks is None:
             ranks = self._plans[adapter] = make_plan(self._policy, adapter) or RankSelector(self._policy.rank, adapter)
         return ranks
+
+    def _forget(self, request_id: int) -> None:
+        """Drops unsent decisions of a request and has the next update release it."""
+        self._chunks = [decision for decision in self._chunks if decision.request_id != request_id]
+        self._kv = [decision for decision in self._kv if decision.request_id != request_id]
+        self._released.append(request_id)
 
     def _sequence(self, request_id: int) -> SteeredSequence:
         sequence = self._sequences.get(request_id)

@@ -1,36 +1,75 @@
-"""Which closed chunks are stored in a smaller format, and from when on. Knows positions and complexities, not pages."""
+"""What becomes of the keys and values of a closed chunk. Knows its complexity; knows no positions and no pages."""
 
 from __future__ import annotations
 
-from collections import deque
+from dataclasses import dataclass
+from typing import Protocol
 
 from chunkwise.config.policy import KvPolicy
-from chunkwise.core import Chunk, KvDecision, KvFormat
+from chunkwise.core import KvFormat, KvScorer
 
 
-class KvSchedule:
-    """KV decisions of one request, held back until their chunk has left the recent window.
+@dataclass(frozen=True, slots=True)
+class KvChoice:
+    """What a chunk's whole pages become; the fields are those of `core.KvDecision`."""
 
-    A chunk of complexity below ``easy_below`` takes ``easy_format``; any other stays full, which needs no decision. The
-    first ``sink_tokens`` positions (attention sinks) are cut off, and a chunk waits until the last ``recent_tokens``
-    computed tokens all lie behind its end.
-    """
+    format: KvFormat = KvFormat.FULL
+    drop_percent: int = 0
+    scorer: KvScorer = KvScorer.KEY_NORM
 
-    def __init__(self, request_id: int, policy: KvPolicy) -> None:
-        self._request_id = request_id
-        self._policy = policy
-        self._waiting: deque[KvDecision] = deque()
+    @property
+    def changes(self) -> bool:
+        """Whether anything happens to the chunk."""
+        return self.format is not KvFormat.FULL or self.drop_percent > 0
 
-    def close(self, chunk: Chunk) -> None:
-        """Decides on a chunk all of whose tokens are computed; chunks come in ascending order."""
-        start = max(chunk.start, self._policy.sink_tokens)
-        easy = chunk.complexity < self._policy.easy_below
-        if self._policy.easy_format == "int8" and easy and start < chunk.end:
-            self._waiting.append(KvDecision(self._request_id, start, chunk.end, KvFormat.INT8))
 
-    def advance(self, computed: int) -> list[KvDecision]:
-        """The decisions that are due now that the first ``computed`` positions are computed, each given once."""
-        due: list[KvDecision] = []
-        while self._waiting and self._waiting[0].end + self._policy.recent_tokens <= computed:
-            due.append(self._waiting.popleft())
-        return due
+class KvRule(Protocol):
+    """One kind of KV policy."""
+
+    def choose(self, complexity: float) -> KvChoice:
+        """What becomes of a chunk of this mean complexity, in [0, 1]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """Every chunk becomes the same: kinds "full", "int8", "int4", "keep" and, with nothing kept, "window"."""
+
+    choice: KvChoice
+
+    def choose(self, complexity: float) -> KvChoice:
+        """See `KvRule`."""
+        return self.choice
+
+
+@dataclass(frozen=True, slots=True)
+class ByComplexity:
+    """Kind "complexity": chunks below ``easy_below`` become ``easy``, others below ``hard_above`` become ``middle``,
+    and the rest stays full."""
+
+    easy_below: float
+    easy: KvChoice
+    hard_above: float
+    middle: KvChoice
+
+    def choose(self, complexity: float) -> KvChoice:
+        """See `KvRule`."""
+        if complexity < self.easy_below:
+            return self.easy
+        return self.middle if complexity < self.hard_above else KvChoice()
+
+
+def kv_rule(policy: KvPolicy) -> KvRule:
+    """The rule that ``policy`` names."""
+    scorer = KvScorer[policy.scorer.upper()]
+    if policy.kind == "complexity":
+        return ByComplexity(
+            policy.easy_below,
+            KvChoice(KvFormat[policy.easy_format.upper()], policy.easy_drop_percent, scorer),
+            policy.hard_above,
+            KvChoice(KvFormat[policy.middle_format.upper()]),
+        )
+    if policy.kind == "keep":
+        return Alike(KvChoice(KvFormat[policy.kept_format.upper()], 100 - policy.keep_percent, scorer))
+    if policy.kind == "window":
+        return Alike(KvChoice(drop_percent=100))
+    return Alike(KvChoice(KvFormat[policy.kind.upper()]))

@@ -10,7 +10,8 @@ from chunkwise.core import KvFormat
 @dataclass(frozen=True, slots=True)
 class ChunkReport:
     """One chunk ``[start, end)``. ``rank`` is the rank averaged over the adapter's modules; without an adapter ``rung``
-    is None and ``rank`` 0. ``kv`` is the format the chunk has been told to take so far, attention sinks excepted."""
+    is None and ``rank`` 0. ``kv`` is the format that the chunk's whole pages have been told to take so far, attention
+    sinks excepted, and ``kv_dropped`` the share of them that has been given back, in [0, 1]."""
 
     start: int
     end: int
@@ -20,6 +21,7 @@ class ChunkReport:
     crossfade: int
     complexity: float
     kv: KvFormat
+    kv_dropped: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,7 @@ It knows nothing of other requests, of updates or of their numbering; `controlle
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from chunkwise.config.policy import SteeringPolicy
 from chunkwise.core import Chunk, ChunkDecision, KvDecision, KvFormat, SequenceSignals, SteeringViolation
 from chunkwise.steering.chunker import Chunker
 from chunkwise.steering.estimator import ComplexityEstimator, Observation
-from chunkwise.steering.kv_policy import KvSchedule
+from chunkwise.steering.kv_schedule import KvSchedule
 from chunkwise.steering.plans import PlannedChunk, RankPlan
 from chunkwise.steering.ranks import RankChoice, RankSelector
 from chunkwise.steering.report import ChunkReport, SteeringReport
@@ -35,7 +36,6 @@ class _SteeredChunk:
     level: float
     choice: RankChoice
     crossfade: int
-    kv: KvFormat = KvFormat.FULL
 
 
 class SteeredSequence:
@@ -49,6 +49,7 @@ class SteeredSequence:
 
     Args:
         ranks: how ranks are chosen; None without an adapter.
+        compressed: whether the KV policy applies from the start, even if it waits for pressure.
 
     Raises:
         ValueError: ``prompt_ids`` is empty.
@@ -60,6 +61,8 @@ class SteeredSequence:
         prompt_ids: Sequence[int],
         policy: SteeringPolicy,
         ranks: RankPlan | RankSelector | None,
+        *,
+        compressed: bool = False,
     ) -> None:
         if not prompt_ids:
             raise ValueError(f"request {request_id} has an empty prompt; a request needs at least one token")
@@ -71,9 +74,10 @@ class SteeredSequence:
         self._novelty = NgramNovelty(policy.estimator.ngram)
         self._estimator = ComplexityEstimator(policy.estimator)
         self._chunker = Chunker(policy.chunker)
-        self._kv = KvSchedule(request_id, policy.kv)
+        self._kv = KvSchedule(request_id, len(prompt_ids), policy.kv, compressed)
         self._chunks: list[_SteeredChunk] = []
         self._closed = 0
+        self._replayed = 0
         self._computed = 0
         self._generated = 0
         self._unobserved: deque[int] = deque()
@@ -84,6 +88,16 @@ class SteeredSequence:
         """Number of leading positions known to be computed: from signals, or from the tokens generated after them."""
         return max(self._computed, self._prompt_length + self._generated - 1 if self._generated else 0)
 
+    @property
+    def compressed(self) -> bool:
+        """Whether its chunks are compressed as they leave the recent window."""
+        return self._kv.compressed
+
+    def compress(self) -> None:
+        """Has its chunks compressed from now on: those of an answer with the next step, those of a prompt that is not
+        computed yet, whose progress is unknown here, where the answer begins."""
+        self._kv.compress(self._prompt_length + max(self._generated - 1, 0))
+
     def decisions(self) -> list[ChunkDecision]:
         """The decisions of the chunks so far, in order; under a plan, of those at which it changes the rank. None
         without an adapter."""
@@ -91,6 +105,21 @@ class SteeredSequence:
             return []
         changes = {chunk.start for chunk in self._planned}
         return [self._decision(chunk) for chunk in self._chunks if not changes or chunk.start in changes]
+
+    def resume(self) -> list[KvDecision]:
+        """The request was pre-empted and is computed anew, from the beginning to its newest token. Returns the KV
+        decisions made so far, to be sent again together with all `decisions`; nothing is steered anew before signals
+        come of positions that had none."""
+        if not self._generated:
+            self._computed = 0
+            return list(self._kv.made)
+        computed = self._prompt_length + self._generated - 1
+        # Signals of the newest positions are missing if a step of other requests has failed meanwhile.
+        while self._computed < computed:
+            position = max(self._computed, self._prompt_length - 1)
+            self.observe(SequenceSignals(self._request_id, position, entropy=math.nan))
+        self._replayed = computed
+        return list(self._kv.made)
 
     def extend(self, token_id: int) -> None:
         """Takes the next generated token. The router does this between two steps, so nothing is worked out here."""
@@ -102,12 +131,15 @@ class SteeredSequence:
 
         Within the prompt they only tell how far it has got: in how many pieces a prompt is computed follows from who
         shares the step, and neither rank nor compression may follow from that. From the last prompt token on they are
-        one per position p, and a chunk opened by them starts at p + `DECODE_LEAD`.
+        one per position p, and a chunk opened by them starts at p + `DECODE_LEAD`. Positions that are computed anew
+        after `resume` tell nothing.
 
         Raises:
             SteeringViolation: the position does not follow the one before, or its token has not been given yet.
         """
         position = signals.position
+        if position < self._replayed:
+            return None
         self._check_order(position)
         self._computed = position + 1
         if position < self._prompt_length - 1:
@@ -134,34 +166,26 @@ class SteeredSequence:
         return self._decision(chunk) if isinstance(self._ranks, RankSelector) else None
 
     def due_kv(self, ahead: bool = False) -> list[KvDecision]:
-        """KV decisions that have become due since the last call; they take effect with the next step that is sent.
+        """KV decisions to be sent before the next step: those of the prompt on the first call, then those that take
+        effect at the position which that step computes. Each is given once.
 
-        What is due follows from the number of tokens that are generated before that step, which is the same at the same
-        step of a request; with ``ahead`` a step still runs that generates one more. Signals do not come later than
-        that, but sooner if steps of other batches lie in between. Nothing is due before the whole prompt is computed.
+        That position follows from the number of tokens that are generated before the step, which is the same at the
+        same step of a request; with ``ahead`` a step still runs that generates one more. Signals do not come later than
+        that, but sooner if steps of other batches lie in between.
         """
         generated = self._generated + ahead
-        if generated < DECODE_LEAD:
-            return []
-        computed = self._prompt_length + generated - DECODE_LEAD
-        while self._closed + 1 < len(self._chunks) and self._chunks[self._closed + 1].start <= computed:
-            start, end = self._chunks[self._closed].start, self._chunks[self._closed + 1].start
-            self._kv.close(Chunk(start, end, self._chunker.mean(start, end)))
-            self._closed += 1
-        due = self._kv.advance(computed)
-        for decision in due:
-            index = bisect_right(self._chunks, decision.start, key=lambda chunk: chunk.start) - 1
-            self._chunks[index].kv = decision.format
-        return due
+        self._close(self._prompt_length + max(generated - DECODE_LEAD, 0))
+        return self._kv.advance(self._prompt_length + max(generated - 1, 0))
 
     def report(self, length: int) -> SteeringReport:
         """The chunks of the first ``length`` positions; the last one is cut there."""
         reports: list[ChunkReport] = []
         ends = [*(chunk.start for chunk in self._chunks[1:]), length]
+        kv = {decision.end: decision for decision in self._kv.made if decision.effective < length}
         for chunk, end in zip(self._chunks, ends, strict=True):
             if chunk.start >= length:
                 break
-            reports.append(self._chunk_report(chunk, min(end, length)))
+            reports.append(self._chunk_report(chunk, min(end, length), kv.get(end)))
         ranked = sum((chunk.end - chunk.start) * chunk.rank for chunk in reports)
         return SteeringReport(tuple(reports), ranked / length if length > 0 else 0.0)
 
@@ -185,6 +209,16 @@ class SteeredSequence:
         full = self._chunker.close_full()
         if full is not None:
             self._open(full, self._chunker.recent)
+        # The last prompt token's complexity is estimated anew once there are signals: chunks of the prompt are closed
+        # before, so that what becomes of them does not depend on when signals come.
+        self._close(self._prompt_length)
+
+    def _close(self, known: int) -> None:
+        """Closes, for the KV cache, the chunks that lie within the first ``known`` positions."""
+        while self._closed + 1 < len(self._chunks) and self._chunks[self._closed + 1].start <= known:
+            start, end = self._chunks[self._closed].start, self._chunks[self._closed + 1].start
+            self._kv.close(Chunk(start, end, self._chunker.mean(start, end)))
+            self._closed += 1
 
     def _open(self, start: int, level: float) -> _SteeredChunk:
         choice = self._choose(start, level)
@@ -205,12 +239,20 @@ class SteeredSequence:
     def _decision(self, chunk: _SteeredChunk) -> ChunkDecision:
         return ChunkDecision(self._request_id, chunk.start, chunk.choice.rung, chunk.choice.scale, chunk.crossfade)
 
-    def _chunk_report(self, chunk: _SteeredChunk, end: int) -> ChunkReport:
+    def _chunk_report(self, chunk: _SteeredChunk, end: int, kv: KvDecision | None) -> ChunkReport:
         known = min(end, self._chunker.observed)
         complexity = self._chunker.mean(chunk.start, known) if known > chunk.start else chunk.level
         choice = chunk.choice
         return ChunkReport(
-            chunk.start, end, choice.rung, choice.active_rank, choice.scale, chunk.crossfade, complexity, chunk.kv
+            chunk.start,
+            end,
+            choice.rung,
+            choice.active_rank,
+            choice.scale,
+            chunk.crossfade,
+            complexity,
+            kv=kv.format if kv is not None else KvFormat.FULL,
+            kv_dropped=kv.drop_percent / 100 if kv is not None else 0.0,
         )
 
     def _check_order(self, position: int) -> None:

@@ -95,10 +95,20 @@ async def test_chunk_details_tile_prompt_and_answer(model_dir: Path) -> None:
         assert len(chunks) > 2
         assert [chunk["start"] for chunk in chunks] == [0, *(chunk["end"] for chunk in chunks[:-1])]
         assert chunks[-1]["end"] == 3 + 20 - 1, "the last token is never computed"
-        assert {chunk["kv"] for chunk in chunks} <= {"full", "int8"}
+        assert {chunk["kv"] for chunk in chunks} <= {"full", "int8", "int4"}
         mean = sum((c["end"] - c["start"]) * c["rank"] for c in chunks) / 22
         assert details["mean_rank"] == pytest.approx(mean)
-        assert set(chunks[0]) == {"start", "end", "rung", "rank", "scale", "crossfade", "complexity", "kv"}
+        assert set(chunks[0]) == {
+            "start",
+            "end",
+            "rung",
+            "rank",
+            "scale",
+            "crossfade",
+            "complexity",
+            "kv",
+            "kv_dropped",
+        }
         stream = await sse_of(await generate(client, wanted, path="/generate_stream"))
         assert stream[-1]["details"]["chunks"] == chunks
 

@@ -1,4 +1,4 @@
-"""Causal attention over the paged cache, full and int8 pages alike; a page of 8 bits is widened into a few kilobytes of
+"""Causal attention over the paged cache, pages of every format alike; a small page is widened into a few kilobytes of
 scratch when it is its turn, never the whole cache.
 
 Keys are taken in stretches of `STRETCH` that start at multiples of it. A stretch is a softmax of its own; stretches are
@@ -21,7 +21,19 @@ from chunkwise.model.kernels.compile import kernel
 from chunkwise.model.kernels.lora import accumulate
 from chunkwise.model.kernels.product import multiply
 from chunkwise.model.kernels.tiles import as_pointer, atomic_add, exp_sum
-from chunkwise.model.kernels.views import FLOAT32
+from chunkwise.model.kernels.views import (
+    FLOAT32,
+    FULL_PAGE,
+    INT8_PAGE,
+    KEY_MIDDLES,
+    KEY_SCALES,
+    KEYS,
+    PAGE_FORMATS,
+    VALUE_MIDDLES,
+    VALUE_SCALES,
+    VALUES,
+)
+from chunkwise.model.kernels.widening import widen_keys_int4, widen_keys_int8, widen_values_int4, widen_values_int8
 
 STRETCH = 128
 """Keys per stretch; a multiple of the page size."""
@@ -45,24 +57,28 @@ def scratch_floats(heads: int, kv_heads: int, head_dim: int, page_size: int) -> 
 
 @kernel
 def _page(c, m, layer, head, page, keys, scratch):
-    """Address of one head's keys (or values) in a page, ``[page, head_dim]``; in ``scratch``, widened, if 8 bits."""
-    number, size = page // 2, c.page_size * m.head_dim
-    if page % 2 == 0:
-        pool = c.keys if keys else c.values
-        return pool + 4 * ((layer * c.full_pages + number) * m.kv_heads + head) * size
-    at = (layer * c.int8_pages + number) * m.kv_heads + head
-    q = carray(as_pointer((c.keys_q if keys else c.values_q) + at * size), size, np.int8)
-    out = carray(as_pointer(scratch), size, np.float32)
+    """Address of one head's keys (or values) in a page, ``[page, head_dim]``; in ``scratch``, widened, if small."""
+    number, kind = divmod(page, PAGE_FORMATS)
+    start = c.pools[kind] + number * c.strides[kind, 0] + layer * c.strides[kind, 1]
+    part, dim = c.parts[kind], m.head_dim
+    numbers = start + part[KEYS if keys else VALUES]
+    if kind == FULL_PAGE:
+        return numbers + 4 * head * c.page_size * dim
+    first = head * (dim if keys else c.page_size)
+    scales = start + part[KEY_SCALES if keys else VALUE_SCALES]
+    middles = start + part[KEY_MIDDLES if keys else VALUE_MIDDLES]
+    if kind == INT8_PAGE:
+        numbers += head * c.page_size * dim
+        if keys:
+            widen_keys_int8(numbers, c.page_size, dim, scales + 4 * first, 0, scratch)
+        else:
+            widen_values_int8(numbers, c.page_size, dim, scales + 4 * first, 0, scratch)
+        return scratch
+    numbers += head * c.page_size * dim // 2
     if keys:
-        scales = carray(as_pointer(c.key_scales + 4 * at * m.head_dim), m.head_dim, np.float32)
-        for i in range(c.page_size):
-            for d in range(m.head_dim):
-                out[i * m.head_dim + d] = np.float32(q[i * m.head_dim + d]) * scales[d]
+        widen_keys_int4(numbers, c.page_size, dim, scales + 2 * first, middles + 2 * first, scratch)
     else:
-        scales = carray(as_pointer(c.value_scales + 4 * at * c.page_size), c.page_size, np.float32)
-        for i in range(c.page_size):
-            for d in range(m.head_dim):
-                out[i * m.head_dim + d] = np.float32(q[i * m.head_dim + d]) * scales[i]
+        widen_values_int4(numbers, c.page_size, dim, scales + 2 * first, middles + 2 * first, scratch)
     return scratch
 
 

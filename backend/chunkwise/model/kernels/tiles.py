@@ -27,6 +27,7 @@ from chunkwise.model.kernels.vector import (
     I64,
     INTS,
     LANES,
+    QUARTERS,
     SHORTS,
     WIDE,
     call,
@@ -44,6 +45,7 @@ from chunkwise.model.kernels.vector import (
     store_masked,
     total,
     totals,
+    unpack,
     widen,
 )
 
@@ -60,7 +62,7 @@ STRIP = 4 * LANES
 """Columns that `expand_tile` makes at a time."""
 
 
-def _function(name: str, arguments: int, body: Body, result: Any = types.void) -> Kernel:
+def tile(name: str, arguments: int, body: Body, result: Any = types.void) -> Kernel:
     """A numba function of ``arguments`` int64 whose code ``body`` writes.
 
     It becomes one LLVM function, never built into its callers: they are many, and compiling would take minutes.
@@ -99,7 +101,7 @@ def _define(module: ir.Module, name: str, result: ir.Type, values: list[ir.Value
     return function
 
 
-def _along(
+def along(
     b: ir.IRBuilder,
     length: ir.Value,
     step: int,
@@ -182,11 +184,11 @@ def dot_tile(weight_rows: int, rows: int, bfloat16: bool = False) -> Kernel:
                 new += [fma(b, weights, vector, sums[i * rows + j]) for j, vector in enumerate(vectors)]
             return new
 
-        sums = _along(b, k, LANES, [splat(FLOATS, 0.0)] * (weight_rows * rows), step)
+        sums = along(b, k, LANES, [splat(FLOATS, 0.0)] * (weight_rows * rows), step)
         for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
             _store_totals(b, [sums[i * rows + j] for i in range(weight_rows)], row)
 
-    return _function(f"dot_{'bfloat16_' if bfloat16 else ''}{weight_rows}_{rows}", 7, body)
+    return tile(f"dot_{'bfloat16_' if bfloat16 else ''}{weight_rows}_{rows}", 7, body)
 
 
 @cache
@@ -217,7 +219,7 @@ def dot_tile_int8(weight_rows: int, rows: int) -> Kernel:
                 new += [b.add(sums[i * rows + j], product) for j, product in enumerate(products)]
             return new
 
-        sums = _along(b, k, 2 * LANES, [splat(INTS, 0)] * (weight_rows * rows), step)
+        sums = along(b, k, 2 * LANES, [splat(INTS, 0)] * (weight_rows * rows), step)
         w_scales, x_scales = pointer(b, w_scale, F32), pointer(b, x_row_scale, F32)
         for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
             x_scale = b.load(b.gep(x_scales, [I64(j)]))
@@ -225,7 +227,52 @@ def dot_tile_int8(weight_rows: int, rows: int) -> Kernel:
             floats = [b.sitofp(sums[i * rows + j], FLOATS) for i in range(weight_rows)]
             _store_totals(b, floats, row, scales)
 
-    return _function(f"dot_int8_{weight_rows}_{rows}", 9, body)
+    return tile(f"dot_int8_{weight_rows}_{rows}", 9, body)
+
+
+@cache
+def dot_tile_int4(weight_rows: int, rows: int) -> Kernel:
+    """``(w, ldw, x, ldx, k, y, ldy, w_scale, ld_scale, x_scale)``: ``y[t, n] = x_scale[t] Σ_k w_scale[n, k / 32] w[n,
+    k] x[t, k]``.
+
+    ``w`` holds two numbers to a byte (see `model.linear.Matrix`), so row n begins ``n ⌈ldw / 2⌉`` bytes behind it;
+    ``x`` is int16. The 32 products that share a scale are summed exactly, groups in fp32.
+    """
+
+    def body(b: ir.IRBuilder, args: list[ir.Value]) -> None:
+        w, ldw, x, ldx, k, y, ldy, w_scale, ld_scale, x_row_scale = args
+        half = b.lshr(b.add(ldw, I64(1)), I64(1))
+        ws = _rows(b, pointer(b, w, I8), half, weight_rows)
+        xs = _rows(b, pointer(b, x, I16), ldx, rows)
+        group_scales = _rows(b, pointer(b, w_scale, F32), ld_scale, weight_rows)
+        ahead = b.mul(half, I64(weight_rows))
+
+        def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+            at, group = b.lshr(offset, I64(1)), b.lshr(offset, I64(5))
+            if mask is None:
+                vectors = [load(b, row, offset, SHORTS) for row in xs]
+            else:
+                vectors = [load_masked(b, row, offset, SHORTS, mask) for row in xs]
+                pairs = mask_below(b, b.lshr(b.add(b.sub(k, offset), I64(1)), I64(1)), LANES)
+            new = []
+            for i, (row, scales) in enumerate(zip(ws, group_scales, strict=True)):
+                if mask is None:
+                    prefetch(b, row, b.add(at, ahead))
+                packed = load(b, row, at, QUARTERS) if mask is None else load_masked(b, row, at, QUARTERS, pairs)
+                weights = unpack(b, packed)
+                scale = spread(b, b.load(b.gep(scales, [group])), FLOATS)
+                for j, vector in enumerate(vectors):
+                    products = b.sitofp(multiply_pairs(b, weights, vector), FLOATS)
+                    new.append(fma(b, products, scale, sums[i * rows + j]))
+            return new
+
+        sums = along(b, k, 2 * LANES, [splat(FLOATS, 0.0)] * (weight_rows * rows), step)
+        x_scales = pointer(b, x_row_scale, F32)
+        for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
+            x_scale = b.load(b.gep(x_scales, [I64(j)]))
+            _store_totals(b, [sums[i * rows + j] for i in range(weight_rows)], row, [x_scale] * weight_rows)
+
+    return tile(f"dot_int4_{weight_rows}_{rows}", 10, body)
 
 
 def largest_activation(k: int) -> int:
@@ -261,7 +308,7 @@ def expand_tile(vectors: int, rows: int) -> Kernel:
                 new += [fma(b, factor, part, sums[j * vectors + i]) for i, part in enumerate(read)]
             return new
 
-        sums = _along(b, k, 1, [splat(FLOATS, 0.0)] * (vectors * rows), step)
+        sums = along(b, k, 1, [splat(FLOATS, 0.0)] * (vectors * rows), step)
         for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
             for i, offset in enumerate(offsets):
                 if mask is None:
@@ -270,7 +317,7 @@ def expand_tile(vectors: int, rows: int) -> Kernel:
                     old = load_masked(b, row, offset, FLOATS, mask)
                     store_masked(b, b.fadd(old, sums[j * vectors + i]), row, offset, mask)
 
-    return _function(f"expand_{0 if masked else vectors}_{rows}", 8, body)
+    return tile(f"expand_{0 if masked else vectors}_{rows}", 8, body)
 
 
 def _exp_sum(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
@@ -288,10 +335,10 @@ def _exp_sum(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
             store_masked(b, value, scores, offset, mask)
         return [b.fadd(sums[0], value)]
 
-    return total(b, _along(b, n, LANES, [splat(FLOATS, 0.0)], step)[0])
+    return total(b, along(b, n, LANES, [splat(FLOATS, 0.0)], step)[0])
 
 
-exp_sum = _function("exp_sum", 3, _exp_sum, types.float32)
+exp_sum = tile("exp_sum", 3, _exp_sum, types.float32)
 """``(s, n, shift)``: ``s[i] = e^(s[i] - shift[0])`` in place for n floats; returns their sum."""
 
 
@@ -312,10 +359,10 @@ def _silu_multiply(b: ir.IRBuilder, args: list[ir.Value]) -> None:
             store_masked(b, value, out, offset, mask)
         return []
 
-    _along(b, n, LANES, [], step)
+    along(b, n, LANES, [], step)
 
 
-silu_multiply = _function("silu_multiply", 4, _silu_multiply)
+silu_multiply = tile("silu_multiply", 4, _silu_multiply)
 """``(gate, up, y, n)``: ``y[i] = silu(gate[i]) up[i]`` for n floats."""
 
 
@@ -324,7 +371,7 @@ def _atomic_add(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     return b.atomic_rmw("add", pointer(b, where, I64), amount, "acq_rel")
 
 
-atomic_add = _function("atomic_add", 2, _atomic_add, types.int64)
+atomic_add = tile("atomic_add", 2, _atomic_add, types.int64)
 """``(where, amount)``: adds to the int64 at ``where``; returns what was there."""
 
 
@@ -332,7 +379,7 @@ def _atomic_load(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     return b.load_atomic(pointer(b, args[0], I64), "acquire", 8)
 
 
-atomic_load = _function("atomic_load", 1, _atomic_load, types.int64)
+atomic_load = tile("atomic_load", 1, _atomic_load, types.int64)
 """``(where)``: the int64 at ``where`` and whatever its writer wrote before it."""
 
 
@@ -340,7 +387,7 @@ def _yield(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     return b.sext(call(b, "sched_yield", I32), I64)
 
 
-yield_core = _function("yield_core", 0, _yield, types.int64)
+yield_core = tile("yield_core", 0, _yield, types.int64)
 """``()``: lets another thread run on this core."""
 
 
@@ -348,5 +395,5 @@ def _as_pointer(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     return pointer(b, args[0], I8)
 
 
-as_pointer = _function("as_pointer", 1, _as_pointer, types.voidptr)
+as_pointer = tile("as_pointer", 1, _as_pointer, types.voidptr)
 """``(address)``: as what `numba.carray` takes."""

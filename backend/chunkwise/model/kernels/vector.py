@@ -23,8 +23,15 @@ INTS = ir.VectorType(I32, LANES)
 BYTES = ir.VectorType(I8, 2 * LANES)
 SHORTS = ir.VectorType(I16, 2 * LANES)
 HALVES = ir.VectorType(I16, LANES)
+QUARTERS = ir.VectorType(I8, LANES)
 
-_SUFFIX = {FLOATS: f"v{LANES}f32", BYTES: f"v{2 * LANES}i8", SHORTS: f"v{2 * LANES}i16", HALVES: f"v{LANES}i16"}
+_SUFFIX = {
+    FLOATS: f"v{LANES}f32",
+    BYTES: f"v{2 * LANES}i8",
+    SHORTS: f"v{2 * LANES}i16",
+    HALVES: f"v{LANES}i16",
+    QUARTERS: f"v{LANES}i8",
+}
 
 
 def call(b: ir.IRBuilder, name: str, result: ir.Type, *args: ir.Value) -> ir.Value:
@@ -95,6 +102,13 @@ def fma(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
 def widen(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """bf16, as `HALVES`, to `FLOATS`: they are the upper halves of floats."""
     return b.bitcast(b.shl(b.zext(value, INTS), splat(INTS, 16)), FLOATS)
+
+
+def unpack(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Two numbers of 4 bits per byte, as `QUARTERS`, to `SHORTS` less 8: the low bits of a byte come first."""
+    wide = b.zext(value, INTS)
+    both = b.and_(b.or_(wide, b.shl(wide, splat(INTS, 12))), splat(INTS, 0x000F000F))
+    return b.sub(b.bitcast(both, SHORTS), splat(SHORTS, 8))
 
 
 def total(b: ir.IRBuilder, value: ir.Value) -> ir.Value:

@@ -16,18 +16,24 @@ Floats = NDArray[np.float32]
 
 QKV, OUTPUT, GATE_UP, DOWN = range(4)
 """The four projections of a layer: targets that share an input are one matrix."""
-FLOAT32, BFLOAT16, INT8 = range(3)
-"""How base matrices are stored."""
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+"""How base matrices are stored; from `INT8` on they are multiplied with activations in 16 bits."""
+FULL_PAGE, INT8_PAGE, INT4_PAGE = range(3)
+"""How KV pages are stored."""
+PAGE_FORMATS = 4
+"""A page is its number times this, plus its format."""
+KEYS, VALUES, KEY_SCALES, VALUE_SCALES, KEY_MIDDLES, VALUE_MIDDLES = range(6)
+"""Parts of a page."""
 TARGETS = 7
 """LoRA targets of a layer, in the order q, k, v, o, gate, up, down."""
 
 
 class ModelView(NamedTuple):
     """One rank's weights. ``weights``, ``scales`` and ``biases`` are addresses ``[layers, 4]``, of matrices of ``kind``
-    and their fp32 row scales if that is `INT8`; a bias of 0 is none. ``norms`` ``[layers, 2]`` are addresses.
-    ``outs`` and ``ins`` ``[4]`` are the projections' sizes; ``first_target`` ``[5]`` and ``columns`` ``[7, 2]`` say
-    which LoRA targets make which columns. ``signal`` ``[layers]`` numbers the layers that report attention spread,
-    else it is -1.
+    and their fp32 scales if that is `INT8` or `INT4`; the head's is ``head_kind``; a bias of 0 is none. ``norms``
+    ``[layers, 2]`` are addresses. ``outs`` and ``ins`` ``[4]`` are the projections' sizes; ``first_target`` ``[5]`` and
+    ``columns`` ``[7, 2]`` say which LoRA targets make which columns. ``signal`` ``[layers]`` numbers the layers that
+    report attention spread, else it is -1.
     """
 
     layers: int
@@ -39,6 +45,7 @@ class ModelView(NamedTuple):
     vocab: int
     eps: float
     kind: int
+    head_kind: int
     weights: Ints
     scales: Ints
     biases: Ints
@@ -56,25 +63,23 @@ class ModelView(NamedTuple):
 
 
 class CacheView(NamedTuple):
-    """Addresses of the KV pools (see `kv.cache`), ``[layer, page, head, offset, dim]``, and pages per pool."""
+    """The KV pools (see `kv.pools`) by format, in bytes: where page 0 begins, ``pools``; from page to page and from
+    layer to layer, ``strides`` ``[formats, 2]``; from a layer's beginning to its parts, ``parts`` ``[formats, 6]``, in
+    the order `KEYS` to `VALUE_MIDDLES`."""
 
     page_size: int
-    full_pages: int
-    int8_pages: int
-    keys: int
-    values: int
-    keys_q: int
-    values_q: int
-    key_scales: int
-    value_scales: int
+    pools: Ints
+    strides: Ints
+    parts: Ints
 
 
 class StepView(NamedTuple):
     """One step of ``tokens`` rows of ``sequences`` sequences.
 
-    Sequence s has rows ``first_row[s]`` on, ``lengths[s]`` of them, the last at position ``contexts[s] - 1``; its pages
-    are ``pages[first_page[s]:]``, a full page as 2 · number, an int8 page as 2 · number + 1. ``first_task`` and
-    ``first_record`` ``[S + 1]`` number its attention tasks and the records they leave.
+    Sequence s has rows ``first_row[s]`` on, ``lengths[s]`` of them, the last being its ``contexts[s]``-th; its pages
+    are ``pages[first_page[s]:]``, each as number · `PAGE_FORMATS` + format. ``contexts`` and ``slots`` count tokens
+    that are kept, ``positions`` all that there were. ``first_task`` and ``first_record`` ``[S + 1]`` number its
+    attention tasks and the records they leave.
 
     LoRA group g has rows ``rows[first_member[g]:first_member[g + 1]]``, consecutive if ``consecutive[g]``, all of gate
     1 at the group's rung if ``plain[g]``. ``a`` and ``b`` ``[groups, layers · 7]`` are the addresses of its factors,

@@ -43,6 +43,7 @@ def report_json(report: SteeringReport) -> Json:
             "crossfade": c.crossfade,
             "complexity": c.complexity,
             "kv": c.kv.name.lower(),
+            "kv_dropped": c.kv_dropped,
         }
         for c in report.chunks
     ]
