@@ -76,7 +76,7 @@ def varied_policy(policies: Iterable[SteeringPolicy], adapter: str) -> SteeringP
     default = SteeringPolicy(
         chunker=ChunkerPolicy(min_length=BOUNDARY_TOKENS),
         rank=RankPolicy(source="complexity", min_rank=1, max_rank=4),
-        kv=KvPolicy(easy_format="full"),
+        kv=KvPolicy(kind="full"),
     )
     return next((policy for policy in policies if steers(policy, adapter)), default)
 
