@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args, get_type_hints
 
 from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoice
 from chunkwise.config.policy import KvPolicy, RankPolicy, SteeringPolicy, load_policy
@@ -18,9 +17,13 @@ from chunkwise.evaluation.modes import SteeringMode
 from chunkwise.evaluation.results import Record
 
 FULL = "full"
-FORMATS: tuple[str, ...] = get_args(get_type_hints(KvPolicy)["easy_format"])
+_BUILT_IN = {
+    "full": KvPolicy(easy_format="full"),
+    "int8": KvPolicy(easy_format="int8", easy_below=1.0),
+}
 """Policies that need no file: every chunk in the format once it is old enough."""
-_SIZES, _QUICK_SIZES = Sizes(items=8, window=2048, context=1024), Sizes(items=2, window=1024, context=768)
+_SIZES = Sizes(windows=8, rows=64, window=2048, context=1024)
+_QUICK_SIZES = Sizes(windows=2, rows=8, window=1024, context=768)
 _COLUMNS = (
     "adapter",
     "task",
@@ -48,9 +51,8 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
         _subject(lab, settings, subject, policies, rows, panels)
     sizes = _QUICK_SIZES if settings.quick else _SIZES
     notes = (
-        f"{settings.items or sizes.items} items a task, drawn with seed {settings.seed}; text in windows of "
-        f"{sizes.window} tokens, {sizes.context} of them the prompt; the others are decoded one by one as given. "
-        "The adapter is at full rank throughout.",
+        f"{sizes.told(settings.items)}, drawn with seed {settings.seed}; {sizes.context} tokens of a window are the "
+        "prompt, the others are decoded one by one as given. The adapter is at full rank throughout.",
         "Peak: the most that the allocator's pages took in any step of a batch, prompts included. End: what an item "
         "held before it was released, mean over items. Brackets: 95 %, bootstrap over items; differences are paired.",
     )
@@ -64,9 +66,9 @@ def kv_policies(names: Sequence[str]) -> dict[str, SteeringPolicy]:
         InvalidPolicy: a name that is neither a format nor a policy file.
     """
     policies: dict[str, SteeringPolicy] = {}
-    for name in (FULL, *(names or FORMATS)):
-        if name in FORMATS:
-            policies[name] = SteeringPolicy(kv=KvPolicy(easy_format=name, easy_below=1.0))
+    for name in (FULL, *(names or _BUILT_IN)):
+        if name in _BUILT_IN:
+            policies[name] = SteeringPolicy(kv=_BUILT_IN[name])
         else:
             policies[Path(name).stem] = load_policy(Path(name))
     return policies
