@@ -20,7 +20,7 @@ POSITION_BYTES = 2 * 4 * 3 * 8 * 4  # keys and values, layers, heads, head_dim, 
 def test_bytes_are_those_that_the_cache_held(tiny: TinyWorld, tmp_path: Path) -> None:
     data, out = write_data(tmp_path), tmp_path / "out"
     policy = tmp_path / "early.toml"
-    policy.write_text('[kv]\neasy_format = "int8"\neasy_below = 1.0\nsink_tokens = 16\nrecent_tokens = 16\n')
+    policy.write_text('[kv]\nkind = "int8"\nwhen = "always"\nsink_tokens = 16\nrecent_tokens = 16\n')
     # Two windows of 1,024 do not fit the tiny model; one question and answer does.
     main(flags("kv", tiny, data, out, "squad", f"--policy={policy}", "--policy=int8", "--batch-tokens=512"))
     rows = {row["policy"]: row for row in csv.DictReader((out / "kv.csv").read_text().splitlines())}
@@ -35,8 +35,8 @@ def test_bytes_are_those_that_the_cache_held(tiny: TinyWorld, tmp_path: Path) ->
     assert all(record["rank_runs"] == [[sum(record["tokens"]), 16.0]] for record in records)
 
 
-def test_a_policy_is_a_format_or_a_file_and_full_comes_first(tmp_path: Path) -> None:
-    assert list(kv_policies([])) == ["full", "int8"]
+def test_a_policy_is_a_kind_or_a_file_and_full_comes_first(tmp_path: Path) -> None:
+    assert list(kv_policies([])) == ["full", "int8", "int4", "keep", "window", "complexity"]
     assert list(kv_policies(["int8"])) == ["full", "int8"]
     with pytest.raises(InvalidPolicy, match="int9"):
         kv_policies(["int9"])
