@@ -68,3 +68,17 @@ def test_least_recently_used_goes_first_and_pages_in_use_stay() -> None:
     assert len(cache.match("a", [((i,), None) for i in range(10)])) == 10
     assert len(cache.match("b", [((i,), None) for i in range(10)])) < 10
     assert len(in_use) == 10
+
+
+def test_what_is_forgotten_takes_what_follows_it_along() -> None:
+    allocator = PageAllocator(BYTES, budget_bytes=10_000)
+    cache = PrefixCache(allocator)
+    held = _put(cache, allocator, None, [((i,), None) for i in range(4)])
+    other = _put(cache, allocator, None, [((0,), None), ((9,), None)])
+    assert not cache.forget([PageRef(KvFormat.FULL, 99)])
+    assert cache.forget({held[2]})
+    allocator.check_integrity([held, other, cache.pages()])
+    assert set(cache.pages()) == {held[0], held[1], other[1]}
+    assert cache.forget(set(held))
+    assert cache.pages() == []
+    allocator.check_integrity([held, other])
