@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from chunkwise.config.settings import AdapterSource
 from chunkwise.core import (
     CachedBatch,
     Generation,
@@ -18,15 +19,13 @@ from chunkwise.core import (
     StoppingParams,
     WarmupLimits,
 )
-from chunkwise.model.llama import Llama, target_slices
+from chunkwise.model.llama import Llama
 from chunkwise.model.parallel import Group, SingleProcess
+from chunkwise.shard.adapters import load_adapters
 from chunkwise.shard.decisions import DecisionTable
 from chunkwise.shard.engine import Engine, EngineSettings
 from chunkwise.shard.grammar import GrammarCompiler
 from chunkwise.tokenizer import Tokenizer
-from chunkwise_adapters.format import load_adapter
-from chunkwise_adapters.ladder import build_ladder
-from chunkwise_adapters.store import AdapterStore
 
 CPU = torch.device("cpu")
 
@@ -51,12 +50,12 @@ class Driver:
         dtype: torch.dtype = torch.float32,
         prefix_caching: bool = True,
         prefill_logprobs: bool = False,
+        adapter_slots: int | None = None,
     ) -> None:
         kernels = 1 if dtype == torch.float32 else None
         model = Llama(model_dir, group or SingleProcess(), dtype, CPU, kernel_threads=kernels)
-        store = AdapterStore(target_slices(model.spec, model.plan), dtype, CPU)
-        for name, path in (adapters or {}).items():
-            store.add(build_ladder(load_adapter(path, name, model.spec.target_shapes())))
+        sources = [AdapterSource(name, str(path)) for name, path in (adapters or {}).items()]
+        store = load_adapters(sources, model, model_dir, adapter_slots)
         self.decisions = DecisionTable(timeout_seconds=1.0)
         self._session = self.decisions.start_session()
         tokenizer = Tokenizer(model_dir)

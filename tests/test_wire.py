@@ -11,6 +11,7 @@ U32 = st.integers(0, 2**32 - 1)
 U64 = st.integers(0, 2**64 - 1)
 # The wire holds single precision; values of that width pass unchanged.
 F32 = st.floats(width=32, allow_nan=False)
+RUNG = st.integers(0, 64) | st.floats(0.0, 64.0).map(core.rank_budget)
 POSITIVE = st.floats(min_value=2**-10, max_value=1024, width=32)
 NAME = st.text(min_size=1)
 IDS = st.lists(U32, min_size=1, max_size=8).map(tuple)
@@ -59,7 +60,7 @@ ADAPTER = st.builds(
     st.text(),
     st.text(),
     U32,
-    st.lists(U32).map(tuple),
+    st.lists(RUNG).map(tuple),
     st.lists(F32).map(tuple),
     st.lists(F32).map(tuple),
 )
@@ -75,11 +76,11 @@ KV_DECISION = st.builds(
     U32,
 )
 USAGE = st.builds(core.KvUsage, st.sampled_from(core.KvFormat), U64, U64)
-STATE = st.builds(core.ShardState, U32, U32, st.lists(USAGE, max_size=3).map(tuple), U64, U64)
+STATE = st.builds(core.ShardState, U32, U32, st.lists(USAGE, max_size=3).map(tuple), U64, U64, U64, U64, U64)
 UPDATE = st.builds(
     core.SteeringUpdate,
     U64,
-    st.lists(st.builds(core.ChunkDecision, U64, U32, st.none() | U32, F32, U32), max_size=4).map(tuple),
+    st.lists(st.builds(core.ChunkDecision, U64, U32, st.none() | RUNG, F32, U32), max_size=4).map(tuple),
     st.lists(KV_DECISION, max_size=4).map(tuple),
     st.lists(U64, max_size=4).map(tuple),
 )

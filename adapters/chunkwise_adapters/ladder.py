@@ -37,7 +37,8 @@ class LadderModule:
 class LadderInfo:
     """What is known of a ladder without its tensors.
 
-    ``rungs`` ascend and end with ``trained_rank``. Parallel to them: ``kept_energy``, the share of the sum of all
+    ``rungs`` ascend and end with ``trained_rank``. They are budgets of ranks per module; with global allocation they
+    may be fractions (whole ones are ints, and print so). Parallel to them: ``kept_energy``, the share of the sum of all
     modules' squared singular values that the rung keeps (1 where they are all zero), and ``mean_active_rank`` over the
     modules.
     """
@@ -45,18 +46,18 @@ class LadderInfo:
     name: str
     content_hash: str
     trained_rank: int
-    rungs: tuple[int, ...]
+    rungs: tuple[float, ...]
     kept_energy: tuple[float, ...]
     mean_active_rank: tuple[float, ...]
 
-    def rung_index(self, rung: int | None) -> int:
+    def rung_index(self, rung: float | None) -> int:
         """Position of ``rung`` in ``rungs``; None means the last, full rank. Raises InvalidRung for any other value."""
         if rung is None:
             return len(self.rungs) - 1
         try:
             return self.rungs.index(rung)
         except ValueError:
-            raise InvalidRung(f"adapter {self.name!r} has no rung {rung}; its rungs are {self.rungs}") from None
+            raise InvalidRung(f"adapter {self.name!r} has no rung {rung:g}; its rungs are {self.rungs}") from None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,18 +89,19 @@ class RankLadder(LadderInfo):
 
 def build_ladder(
     weights: LoraWeights,
-    rungs: Sequence[int] | None = None,
+    rungs: Sequence[float] | None = None,
     allocation: Allocation = "uniform",
     moments: ShrinkMoments | None = None,
 ) -> RankLadder:
     """The ladder of an adapter: whitened with ``moments``, else plain.
 
-    ``rungs`` are rank budgets per module; None takes 0 and the powers of two below the trained rank. The trained rank
-    itself is always the last rung. With "uniform" every module gets the budget; with "global" the same total goes to
-    the largest singular values of all modules: no other choice of ranks with that total has a smaller truncation error.
+    ``rungs`` are rank budgets per module; None takes 0 and the powers of two below the trained rank, with "global" from
+    1/4 on. The trained rank itself is always the last rung. With "uniform" every module gets the budget; with "global"
+    the same total goes to the largest singular values of all modules: no other choice of ranks with that total has a
+    smaller truncation error. A fraction is a budget for all modules together: 1/4 rounds to a rank for every fourth.
 
     Raises:
-        InvalidRung: a rung below 0 or above the trained rank.
+        InvalidRung: a rung below 0 or above the trained rank, or a fraction with "uniform".
         InvalidCalibration: ``moments`` of another adapter, of no tokens, or that are not finite.
     """
     if moments is not None:
@@ -114,12 +116,12 @@ def build_ladder(
 def assemble_ladder(
     weights: LoraWeights,
     modules: dict[ModuleKey, LadderModule],
-    rungs: Sequence[int] | None,
+    rungs: Sequence[float] | None,
     allocation: Allocation,
     calibration: Calibration | None,
 ) -> RankLadder:
     """The ladder of factors that are there already: only ranks and energies are computed. Raises InvalidRung."""
-    resolved = _rungs(weights, rungs)
+    resolved = _rungs(weights, rungs, allocation)
     spectra = [module.singular_values.double().numpy() for module in modules.values()]
     stored = np.array([len(spectrum) for spectrum in spectra])
     active = _uniform(stored, resolved) if allocation == "uniform" else _global(spectra, stored, resolved)
@@ -139,26 +141,34 @@ def assemble_ladder(
     )
 
 
-def _rungs(weights: LoraWeights, rungs: Sequence[int] | None) -> tuple[int, ...]:
+def _rungs(weights: LoraWeights, rungs: Sequence[float] | None, allocation: Allocation) -> tuple[float, ...]:
     full = weights.trained_rank
     if rungs is None:
-        rungs = (0, *(1 << i for i in range(full.bit_length()) if 1 << i < full))
+        # Two real adapters gained nine tenths of what they give below rank 1.
+        below = (0.25, 0.5) if allocation == "global" else ()
+        rungs = (0, *below, *(1 << i for i in range(full.bit_length()) if 1 << i < full))
     outside = [rung for rung in rungs if not 0 <= rung <= full]
     if outside:
         raise InvalidRung(f"adapter {weights.name!r}: rungs {outside} are outside 0..{full}, its trained rank")
-    return tuple(sorted({*rungs, full}))
+    fractions = [rung for rung in rungs if not float(rung).is_integer()]
+    if fractions and allocation == "uniform":
+        raise InvalidRung(
+            f"adapter {weights.name!r}: rungs {fractions} are fractions, and uniform ranks give every module the same "
+            "whole rank; use global allocation, or whole rungs"
+        )
+    return tuple(sorted({int(rung) if float(rung).is_integer() else rung for rung in (*rungs, full)}))
 
 
-def _uniform(stored: NDArray[np.intp], rungs: Sequence[int]) -> list[NDArray[np.intp]]:
-    return [np.minimum(rung, stored) for rung in rungs]
+def _uniform(stored: NDArray[np.intp], rungs: Sequence[float]) -> list[NDArray[np.intp]]:
+    return [np.minimum(int(rung), stored) for rung in rungs]
 
 
 def _global(
-    spectra: Sequence[NDArray[np.float64]], stored: NDArray[np.intp], rungs: Sequence[int]
+    spectra: Sequence[NDArray[np.float64]], stored: NDArray[np.intp], rungs: Sequence[float]
 ) -> list[NDArray[np.intp]]:
     """Ranks from one order over all singular values, so rungs are nested; ties go to the lower index, then module."""
     module = np.repeat(np.arange(len(stored)), stored)
     index = np.concatenate([np.arange(rank) for rank in stored])
     owner = module[np.lexsort((module, index, -np.concatenate(spectra)))]
-    totals = [int(np.minimum(rung, stored).sum()) for rung in rungs]
+    totals = [round(float(np.minimum(rung, stored).sum())) for rung in rungs]
     return [np.bincount(owner[:total], minlength=len(stored)) for total in totals]

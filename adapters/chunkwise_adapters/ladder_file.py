@@ -35,6 +35,7 @@ _VERSION = 1
 _DTYPES = {"a": "F32", "b_t": "F32", "singular_values": "F32", "active_ranks": "I64"}
 # What names, types and offsets may take in the header, per tensor and for the rest: several times what they do take.
 _HEADER_BYTES_PER_TENSOR, _HEADER_BYTES = 512, 1 << 16
+_MOST_RUNGS = 1024
 _PROBES = 2
 _TOLERANCE, _ROUNDING = 1e-4, 1e-5
 _REMEDY = "delete the file, or make it anew with chunkwise ladder"
@@ -48,7 +49,7 @@ class _Entry:
     base_hash: str
     calibration: Calibration | None
     allocation: Allocation
-    rungs: list[int]
+    rungs: list[float]
 
 
 def save_ladder(ladder: RankLadder, path: Path, base_hash: str) -> None:
@@ -142,6 +143,12 @@ def ladder_digest(ladder: RankLadder) -> str:
     return digest.hexdigest()
 
 
+def ranks_digest(ladder: RankLadder) -> str:
+    """SHA-256 (hex) of the adapter's content, the rungs and every module's active ranks."""
+    ranks = [[*key, *ranks] for key, ranks in ladder.active_ranks.items()]
+    return hashlib.sha256(json.dumps([ladder.content_hash, ladder.rungs, ranks]).encode()).hexdigest()
+
+
 def _name(key: ModuleKey, part: str) -> str:
     return f"layers.{key[0]}.{key[1]}.{part}"
 
@@ -160,7 +167,7 @@ def _shapes(pair: LoraPair, n_rungs: int) -> dict[str, list[int]]:
 def _most_bytes(weights: LoraWeights) -> int:
     total = _HEADER_BYTES
     for pair in weights.modules.values():
-        for part, shape in _shapes(pair, weights.trained_rank + 1).items():
+        for part, shape in _shapes(pair, _MOST_RUNGS).items():
             total += math.prod(shape) * (8 if _DTYPES[part] == "I64" else 4) + _HEADER_BYTES_PER_TENSOR
     return total
 
@@ -191,7 +198,7 @@ def _parse(metadata: dict[str, str] | None, where: str) -> _Entry:
         base_hash=field("base_hash", _is_str),
         calibration=calibration,
         allocation=field("allocation", get_args(Allocation).__contains__),
-        rungs=field("rungs", lambda value: isinstance(value, list) and all(map(_is_int, value))),
+        rungs=field("rungs", lambda value: isinstance(value, list) and all(map(_is_budget, value))),
     )
 
 
@@ -201,6 +208,10 @@ def _is_str(value: Any) -> bool:
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_budget(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_origin(entry: _Entry, weights: LoraWeights, base_hash: str, where: str) -> None:

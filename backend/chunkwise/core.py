@@ -205,6 +205,11 @@ class StepResult:
     total_ns: int = 0
 
 
+def rank_budget(value: float) -> float:
+    """A rung as it is written everywhere: a whole one as an int, so that 4 prints as 4 and not as 4.0."""
+    return int(value) if float(value).is_integer() else value
+
+
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """A run ``[start, end)`` of token positions of one request with its mean complexity in [0, 1]."""
@@ -218,13 +223,14 @@ class Chunk:
 class ChunkDecision:
     """Opens a chunk at ``start``; it lasts until the next decision of the same request.
 
-    ``rung`` is a rank budget per module, one of the adapter's rungs (None: full rank, 0: skip the adapter); ``scale``
-    multiplies the adapter's output; over the first ``crossfade`` tokens the previous chunk's gate is blended in.
+    ``rung`` is a rank budget per module, one of the adapter's rungs, perhaps a fraction (None: full rank, 0: skip the
+    adapter); ``scale`` multiplies the adapter's output; over the first ``crossfade`` tokens the previous chunk's gate
+    is blended in.
     """
 
     request_id: int
     start: int
-    rung: int | None = None
+    rung: float | None = None
     scale: float = 1.0
     crossfade: int = 0
 
@@ -287,7 +293,7 @@ class AdapterInfo:
     adapter_id: str
     content_hash: str
     trained_rank: int
-    rungs: tuple[int, ...]
+    rungs: tuple[float, ...]
     kept_energy: tuple[float, ...]
     mean_active_rank: tuple[float, ...]
 
@@ -325,8 +331,9 @@ class KvUsage:
 
 @dataclass(frozen=True, slots=True)
 class ShardState:
-    """What a shard holds at this moment. ``reused_tokens`` counts, since the start, prompt tokens that were not
-    computed because an earlier request had computed them."""
+    """What a shard holds at this moment. Since the start, ``reused_tokens`` counts prompt tokens that were not computed
+    because an earlier request had computed them, ``kv_rewritten_pages`` the pages that KV decisions turned into smaller
+    ones, fewer or none, ``kv_dropped_tokens`` the tokens given up with them."""
 
     sequences: int = 0
     steered_requests: int = 0
@@ -334,3 +341,5 @@ class ShardState:
     kv_bytes_budget: int = 0
     resident_bytes: int = 0
     reused_tokens: int = 0
+    kv_rewritten_pages: int = 0
+    kv_dropped_tokens: int = 0

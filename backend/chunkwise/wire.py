@@ -261,7 +261,7 @@ def info_from_pb(info: pb.InfoResponse) -> core.ShardInfo:
                 a.adapter_id,
                 a.content_hash,
                 a.trained_rank,
-                tuple(a.rungs),
+                tuple(map(core.rank_budget, a.rungs)),
                 tuple(a.kept_energy),
                 tuple(a.mean_active_rank),
             )
@@ -279,6 +279,8 @@ def state_to_pb(state: core.ShardState) -> pb.ShardState:
         kv_bytes_budget=state.kv_bytes_budget,
         resident_bytes=state.resident_bytes,
         reused_tokens=state.reused_tokens,
+        kv_rewritten_pages=state.kv_rewritten_pages,
+        kv_dropped_tokens=state.kv_dropped_tokens,
     )
 
 
@@ -295,6 +297,8 @@ def state_from_pb(state: pb.ShardState) -> core.ShardState:
         kv_bytes_budget=state.kv_bytes_budget,
         resident_bytes=state.resident_bytes,
         reused_tokens=state.reused_tokens,
+        kv_rewritten_pages=state.kv_rewritten_pages,
+        kv_dropped_tokens=state.kv_dropped_tokens,
     )
 
 
@@ -337,7 +341,7 @@ def update_from_pb(update: steer_pb.SteeringUpdate) -> core.SteeringUpdate:
             core.ChunkDecision(
                 c.request_id,
                 c.start,
-                rung=c.rung if c.HasField("rung") else None,
+                rung=core.rank_budget(c.rung) if c.HasField("rung") else None,
                 scale=c.scale if c.HasField("scale") else 1.0,
                 crossfade=c.crossfade,
             )

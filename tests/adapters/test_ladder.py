@@ -109,6 +109,30 @@ def test_default_rungs_are_powers_of_two_and_the_trained_rank(
     assert build_ladder(make_weights(rank=rank)).rungs == rungs
 
 
+def test_default_rungs_of_a_global_ladder_go_below_one(make_weights: Callable[..., LoraWeights]) -> None:
+    rungs = build_ladder(make_weights(rank=8), allocation="global").rungs
+    assert rungs == (0, 0.25, 0.5, 1, 2, 4, 8)
+    assert f"{rungs}" == "(0, 0.25, 0.5, 1, 2, 4, 8)"
+
+
+def test_a_fraction_is_a_share_of_the_modules_largest_ranks(make_weights: Callable[..., LoraWeights]) -> None:
+    ladder = build_ladder(make_weights(rank=MIXED_RANKS), rungs=[0.25, 0.5, 0.6, 1.5], allocation="global")
+    totals = [sum(ranks[i] for ranks in ladder.active_ranks.values()) for i in range(4)]
+    assert totals == [1, 2, 2, 6]
+    assert ladder.mean_active_rank[:4] == (0.25, 0.5, 0.5, 1.5)
+    first = max(ladder.modules, key=lambda key: float(ladder.modules[key].singular_values[0]))
+    assert {key: ranks[0] for key, ranks in ladder.active_ranks.items() if ranks[0]} == {first: 1}
+    assert ladder.rung_index(0.5) == 1
+    with pytest.raises(InvalidRung, match=r"no rung 0\.3; its rungs are \(0\.25, 0\.5, 0\.6, 1\.5, 32\)"):
+        ladder.rung_index(0.3)
+
+
+def test_uniform_ranks_refuse_fractions(make_weights: Callable[..., LoraWeights]) -> None:
+    assert build_ladder(make_weights(rank=4), rungs=[2.0]).rungs == (2, 4)
+    with pytest.raises(InvalidRung, match=r"rungs \[0\.5\] are fractions.*use global allocation, or whole rungs"):
+        build_ladder(make_weights(rank=4), rungs=[0.5, 1])
+
+
 def test_given_rungs_are_sorted_and_end_with_the_trained_rank(make_weights: Callable[..., LoraWeights]) -> None:
     assert build_ladder(make_weights(rank=16), rungs=[8, 0, 8, 3]).rungs == (0, 3, 8, 16)
     assert build_ladder(make_weights(rank=16), rungs=[]).rungs == (16,)
@@ -160,7 +184,8 @@ def test_global_keeps_the_largest_singular_values_of_all_modules(make_weights: C
 def test_global_splits_ties_as_uniform_does() -> None:
     pair = LoraPair(torch.eye(8, 10), torch.eye(9, 8), 8, 1.0)
     weights = LoraWeights("a", "hash", {(layer, "q_proj"): pair for layer in range(5)})
-    assert build_ladder(weights, allocation="global").active_ranks == build_ladder(weights).active_ranks
+    rungs = [0, 1, 2, 4]
+    assert build_ladder(weights, rungs, "global").active_ranks == build_ladder(weights, rungs).active_ranks
 
 
 @pytest.mark.parametrize("allocation", BOTH)
@@ -180,7 +205,7 @@ def test_kept_energy_is_the_share_of_the_squared_norm(
 
 def test_global_keeps_at_least_the_energy_of_uniform(make_weights: Callable[..., LoraWeights]) -> None:
     weights = make_weights(rank=MIXED_RANKS)
-    uniform, spread = build_ladder(weights), build_ladder(weights, allocation="global")
+    uniform, spread = (build_ladder(weights, [0, 1, 2, 4, 8], allocation) for allocation in BOTH)
     assert all(g >= u for g, u in zip(spread.kept_energy, uniform.kept_energy, strict=True))
     assert spread.kept_energy != uniform.kept_energy
 
@@ -264,7 +289,7 @@ class TestWhitened:
         weights = make_weights(rank=MIXED_RANKS)
         inputs = inputs_of(weights, 100)
         moments = moments_of(weights, inputs)
-        uniform, spread = (build_ladder(weights, allocation=each, moments=moments) for each in BOTH)
+        uniform, spread = (build_ladder(weights, [0, 1, 2, 4, 8], each, moments) for each in BOTH)
         for ladder in (uniform, spread):
             assert (ladder.kind, ladder.calibration) == ("whitened", Calibration("text", 100))
             for i, predicted in enumerate(ladder.truncation_errors):
@@ -310,7 +335,7 @@ def test_global_is_the_best_of_all_ways_to_spend_the_total() -> None:
     ladder = build_ladder(LoraWeights("a", "hash", modules), allocation="global")
     squares = [module.singular_values.double() ** 2 for module in ladder.modules.values()]
     for i, rung in enumerate(ladder.rungs):
-        ways = (way for way in itertools.product(range(4), repeat=3) if sum(way) == 3 * rung)
+        ways = (way for way in itertools.product(range(4), repeat=3) if sum(way) == round(3 * rung))
         best = min(sum(float(s[k:].sum()) for s, k in zip(squares, way, strict=True)) for way in ways)
         assert ladder.truncation_errors[i] == pytest.approx(best)
 

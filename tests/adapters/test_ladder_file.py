@@ -1,4 +1,5 @@
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,12 @@ def test_what_is_loaded_is_what_was_saved(
     assert ladder_digest(loaded) == ladder_digest(ladder)
 
 
+def test_a_file_with_rungs_in_whole_ranks_is_still_read(weights: LoraWeights, saved: Path) -> None:
+    with safe_open(saved, framework="pt") as file:
+        assert json.loads(file.metadata()[ENTRY])["rungs"][:3] == [0, 1, 3]
+    assert load_ladder(saved, weights, "base").rungs == whitened(weights).rungs
+
+
 def test_digest_tells_ladders_of_one_adapter_apart(weights: LoraWeights) -> None:
     ladders = [build_ladder(weights), build_ladder(weights, (0,)), whitened(weights), whitened(weights, "global")]
     module = ladders[0].modules[0, "q_proj"]
@@ -129,7 +136,9 @@ def test_factors_of_another_adapter_under_the_right_hash_are_refused(
         ({"calibration_tokens": "50"}, "calibration_tokens is '50'"),
         ({"calibration_tokens": True}, "calibration_tokens is True"),
         ({"rungs": 8}, "rungs is 8"),
-        ({"rungs": [0, 1, 3, 8.0]}, "rungs is"),
+        ({"rungs": [0, 1, 3, "8"]}, "rungs is"),
+        ({"rungs": [0, 1, math.nan, 8]}, "rungs is"),
+        ({"rungs": [0.5, 1, 3, 8]}, r"\[0\.5\] are fractions"),
         ({"rungs": [0, 1, 3, 9]}, r"\[9\] are outside 0\.\.8"),
         ({"rungs": [-1, 1, 3, 8]}, r"\[-1\] are outside"),
         ({"rungs": [3, 1, 0, 8]}, "active ranks are not those"),

@@ -88,9 +88,9 @@ def test_resident_adapter_carries_the_ladder_s_description(ladder: RankLadder) -
     store = AdapterStore(None, torch.float32, CPU)
     resident = store.add(ladder)
     assert store.get("squad") is resident
-    assert store.infos() == (resident,)
+    (info,) = store.infos()
     for name in ("name", "content_hash", "trained_rank", "rungs", "kept_energy", "mean_active_rank"):
-        assert getattr(resident, name) == getattr(ladder, name)
+        assert getattr(info, name) == getattr(resident, name) == getattr(ladder, name)
     assert resident.rung_index(8) == ladder.rung_index(8)
 
 
@@ -127,5 +127,64 @@ def test_unknown_names_are_not_found_and_the_known_ones_listed(make_weights: Cal
     store.remove("wiki")
     assert store.names() == ("squad",)
     for call in (store.get, store.remove):
-        with pytest.raises(AdapterNotFound, match=r"'wiki' is not resident; resident are \['squad'\]"):
+        with pytest.raises(AdapterNotFound, match=r"'wiki' is not known; known are \['squad'\]"):
             call("wiki")
+
+
+class Shelf:
+    """Ladders by name, counting how often each was read."""
+
+    def __init__(self, make_weights: Callable[..., LoraWeights], *names: str) -> None:
+        self.ladders = {name: build_ladder(make_weights(name, rank=4, seed=len(name))) for name in names}
+        self.reads: list[str] = []
+
+    def stored(self, slots: int | None) -> AdapterStore:
+        store = AdapterStore(None, torch.float32, CPU, slots)
+        for name, ladder in self.ladders.items():
+            store.add(ladder, lambda name=name: self.read(name))  # type: ignore[misc]
+        return store
+
+    def read(self, name: str) -> RankLadder:
+        self.reads.append(name)
+        return self.ladders[name]
+
+
+def test_the_least_recently_asked_for_makes_room(make_weights: Callable[..., LoraWeights]) -> None:
+    shelf = Shelf(make_weights, "a", "bb", "ccc")
+    store = shelf.stored(2)
+    assert store.resident() == ("bb", "ccc") and store.names() == ("a", "bb", "ccc") and shelf.reads == []
+    assert len(store.infos()) == 3
+    store.get("bb")
+    assert torch.equal(store.get("a").modules[0, "q_proj"].a, shelf.ladders["a"].modules[0, "q_proj"].a)
+    assert store.resident() == ("a", "bb") and shelf.reads == ["a"]
+    store.get("ccc")
+    assert store.resident() == ("a", "ccc") and shelf.reads == ["a", "ccc"]
+
+
+def test_an_evicted_adapter_that_is_still_held_is_not_read_again(make_weights: Callable[..., LoraWeights]) -> None:
+    shelf = Shelf(make_weights, "a", "bb")
+    store = shelf.stored(1)
+    held = store.get("a")
+    assert store.get("bb").name == "bb" and store.resident() == ("bb",)
+    assert store.get("a") is held and shelf.reads == ["a", "bb"]
+    store.get("bb")
+    del held
+    store.get("a")
+    assert shelf.reads == ["a", "bb", "bb", "a"]
+
+
+def test_without_a_limit_or_a_way_back_nothing_is_evicted(make_weights: Callable[..., LoraWeights]) -> None:
+    assert Shelf(make_weights, "a", "bb", "ccc").stored(None).resident() == ("a", "bb", "ccc")
+    store = AdapterStore(None, torch.float32, CPU, slots=1)
+    for ladder in Shelf(make_weights, "a", "bb").ladders.values():
+        store.add(ladder)
+    assert store.resident() == ("a", "bb")
+
+
+def test_an_adapter_that_changed_since_it_was_added_is_refused(make_weights: Callable[..., LoraWeights]) -> None:
+    shelf = Shelf(make_weights, "a", "bb")
+    store = shelf.stored(1)
+    shelf.ladders["a"] = build_ladder(make_weights("a", rank=4, seed=99))
+    with pytest.raises(AdapterConflict, match="'a' is known with content"):
+        store.get("a")
+    assert store.resident() == ("bb",)

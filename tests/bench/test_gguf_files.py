@@ -72,17 +72,18 @@ def test_a_base_comes_back_exactly(tiny: TinyWorld, tmp_path: Path) -> None:
     assert fields["llama.rope.freq_base"].contents() == spec.rope_theta
 
 
-def test_a_quantised_base_is_near(tmp_path: Path) -> None:
-    """Q8_0 takes rows in blocks of 32, so the widths must be multiples of that."""
+@pytest.mark.parametrize(("kind", "steps"), [("Q8_0", 127), ("Q4_0", 8)])
+def test_a_quantised_base_is_near(tmp_path: Path, kind: str, steps: int) -> None:
+    """Both take rows in blocks of 32, so the widths must be multiples of that."""
     make_model(
         tmp_path, hidden_size=64, intermediate_size=96, num_attention_heads=2, num_key_value_heads=2, head_dim=32
     )
-    write_base(tmp_path, tmp_path / "q8.gguf", "Q8_0")
+    write_base(tmp_path, tmp_path / "small.gguf", kind)
     write_base(tmp_path, tmp_path / "f32.gguf", "F32")
-    near, exact = tensors(tmp_path / "q8.gguf"), tensors(tmp_path / "f32.gguf")
+    near, exact = tensors(tmp_path / "small.gguf"), tensors(tmp_path / "f32.gguf")
     assert near.keys() == exact.keys()
     for name, values in exact.items():
-        assert np.abs(near[name] - values).max() <= np.abs(values).max() / 127
+        assert np.abs(near[name] - values).max() <= np.abs(values).max() / (steps if name.startswith("blk.") else 127)
     assert np.array_equal(near["output_norm.weight"], exact["output_norm.weight"])
 
 

@@ -104,17 +104,22 @@ def test_log_levels(level: str) -> None:
     assert serve("--logger-level", level).log == LogSettings(level.upper(), False)
 
 
-@pytest.mark.parametrize("kind", ["bitsandbytes-nf4", "gptq", "awq", "fp8", "compressed-tensors"])
+@pytest.mark.parametrize("kind", ["exl2", "gptq", "awq", "fp8", "compressed-tensors"])
 def test_formats_that_are_not_there_are_refused(kind: str) -> None:
-    with pytest.raises(InvalidFlags, match=f"--quantize is '{kind}'; of TGI's formats there are bitsandbytes and eetq"):
+    with pytest.raises(InvalidFlags, match=f"--quantize is '{kind}'; of TGI's formats there are bitsandbytes, eetq, "):
         serve("--quantize", kind)
+
+
+@pytest.mark.parametrize("kind", ["bitsandbytes-nf4", "bitsandbytes-fp4"])
+def test_formats_of_4_bits_are_ours(kind: str) -> None:
+    assert serve("--quantize", kind, "--dtype", "float16").quantize == "int4"
 
 
 @pytest.mark.parametrize("kind", ["bitsandbytes", "eetq"])
 def test_formats_of_8_bits_are_ours(kind: str) -> None:
     settings = serve("--quantize", kind, "--dtype", "float16")
-    assert settings.int8 and settings.dtype is None
-    assert not serve().int8
+    assert settings.quantize == "int8" and settings.dtype is None
+    assert serve().quantize is None
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_rows_of_both_kinds(
     task = BleuTask(settings(path, target), Selection(), Tokenizer(tiny.model))
     (job,) = task.jobs
     assert Tokenizer(tiny.model).decode(job.prompt_ids) == prompt
-    grade = task.grade(Outcome(job, (), (), (), f" {reference}\nmore", Trace((), (), 0.0, 0)))
+    grade = task.grade(Outcome(job, (), (), (), f" {reference}\nmore", Trace((), (), 0.0, 0, 0)))
     assert grade.details == {"hypothesis": reference}
     assert grade.statistics["bleu"] == bleu_statistics(reference, reference)
     assert "tok:13a" in task.identity["sacrebleu"]

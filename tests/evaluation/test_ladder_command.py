@@ -54,10 +54,11 @@ def test_a_plain_ladder_with_global_ranks_by_default(
 ) -> None:
     main(["ladder", str(adapter), "--model-id", str(tiny.model)])
     output = capsys.readouterr().out
+    assert '"rung": 0.25' in output and '"rung": 4,' in output
     assert "ladder: plain, global ranks" in output and "weight error" in output and "down_proj" in output
     summary = json.loads(output.splitlines()[-1])
     assert (summary["kind"], summary["allocation"], summary["calibration"]) == ("plain", "global", None)
-    assert [row["rung"] for row in summary["rungs"]] == [0, 1, 2, 4, 8, 16]
+    assert [row["rung"] for row in summary["rungs"]] == [0, 0.25, 0.5, 1, 2, 4, 8, 16]
     assert summary["file"] == str(adapter / "ladder.safetensors")
     assert summary["file_bytes"] == (adapter / "ladder.safetensors").stat().st_size
 
@@ -65,12 +66,12 @@ def test_a_plain_ladder_with_global_ranks_by_default(
 def test_what_the_command_saves_is_what_is_served(
     tiny: TinyWorld, adapter: Path, text: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(tiny, adapter, f"--calibration={text}", "--calibration-tokens=128", "--window=32", "--rungs=0,3,6")
+    run(tiny, adapter, f"--calibration={text}", "--calibration-tokens=128", "--window=32", "--rungs=0,0.5,3,6")
     summary = result(capsys)
     assert summary["kind"] == "whitened" and summary["calibration"]["tokens"] == 128
     model = Llama(tiny.model, SingleProcess(), torch.float32, torch.device("cpu"))
     served = load_adapters([AdapterSource("any", str(adapter))], model, tiny.model).get("any")
-    assert served.rungs == (0, 3, 6, 16)
+    assert served.rungs == (0, 0.5, 3, 6, 16)
     assert list(served.kept_energy) == [row["kept_energy"] for row in summary["rungs"]]
     assert list(served.mean_active_rank) == [row["mean_active_rank"] for row in summary["rungs"]]
 
@@ -108,6 +109,8 @@ def test_plot_without_matplotlib_is_refused_before_anything_is_made(
         (["--kind=whitened"], InvalidFlags, "needs --calibration FILE"),
         (["--kind=plain", "--calibration=x"], InvalidFlags, "takes no --calibration"),
         (["--rungs=1,two"], InvalidFlags, "--rungs is '1,two'"),
+        (["--rungs=1,nan"], InvalidFlags, "--rungs is '1,nan'"),
+        (["--rungs=0.5", "--allocation=uniform"], LadderFailed, r"rungs \[0\.5\] are fractions"),
         (["--window=0"], InvalidFlags, "--window is 0"),
         (["--calibration-tokens=0"], InvalidFlags, "--calibration-tokens is 0"),
         (["--plot=x.pdf"], InvalidFlags, r"x\.pdf.*\.png"),

@@ -7,18 +7,19 @@ import pytest
 from chunkwise.config.policy import InvalidPolicy
 from chunkwise.core import AdapterInfo
 from chunkwise.evaluation.modes import BASE, InvalidMode, parse_mode
-from chunkwise.steering.ranks import RankSelector
+from chunkwise.steering.plans import make_plan
 
-ADAPTER = AdapterInfo("a", "hash", 12, (0, 1, 2, 8, 12), (0.0, 0.5, 0.7, 0.9, 1.0), (0.0, 1.0, 2.0, 8.0, 12.0))
+ADAPTER = AdapterInfo("a", "hash", 12, (0, 0.25, 1, 2, 12), (0.0, 0.5, 0.7, 0.9, 1.0), (0.0, 0.25, 1.0, 2.0, 12.0))
 
 
 @pytest.mark.parametrize("rung", ADAPTER.rungs)
-def test_a_fixed_rung_is_chosen_at_every_complexity(rung: int) -> None:
+def test_a_fixed_rung_holds_for_prompt_and_answer(rung: float) -> None:
     mode = parse_mode(f"rung={rung}", ADAPTER)
-    assert mode.policy is not None
-    selector = RankSelector(mode.policy.rank, ADAPTER)
-    assert {selector.select(complexity).rung for complexity in (0.0, 0.3, 0.5, 0.99)} == {rung}
-    assert {selector.select(complexity).scale for complexity in (0.0, 0.5, 0.99)} == {1.0}
+    assert mode.policy is not None and mode.name == f"rung={rung}"
+    plan = make_plan(mode.policy, ADAPTER)
+    assert plan is not None
+    ((start, choice),) = plan.chunks([1, 2, 3])
+    assert (start, choice.rung, choice.scale) == (0, rung, 1.0)
     assert (mode.policy.rank.crossfade, mode.policy.kv.kind) == (0, "full")
 
 
@@ -33,14 +34,17 @@ def test_modes_by_name(tmp_path: Path) -> None:
     assert parse_mode(f"policy={policy}", None).adapter is None
 
 
-@pytest.mark.parametrize("text", ["", "rung", "rung=", "rung=-1", "rung=x", "policy", "policy=", "adaptive", "full=1"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "rung", "rung=", "rung=-1", "rung=x", "rung=nan", "rung=inf", "policy", "policy=", "adaptive", "full=1"],
+)
 def test_other_words_are_refused(text: str) -> None:
     with pytest.raises(InvalidMode, match="use base, full, rung=K or policy=FILE"):
         parse_mode(text, ADAPTER)
 
 
 def test_what_does_not_fit_the_adapter_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidMode, match=r"no rung 3; its rungs are \(0, 1, 2, 8, 12\)"):
+    with pytest.raises(InvalidMode, match=r"no rung 3; its rungs are \(0, 0\.25, 1, 2, 12\)"):
         parse_mode("rung=3", ADAPTER)
     for text in ("full", "rung=1"):
         with pytest.raises(InvalidMode, match="needs an adapter"):

@@ -95,7 +95,7 @@ def task(tiny: TinyWorld, path: Path) -> SquadTask:
 
 
 def outcome(job: Job, text: str) -> Outcome:
-    return Outcome(job, (), (), (), text, Trace((), (), 0.0, 0))
+    return Outcome(job, (), (), (), text, Trace((), (), 0.0, 0, 0))
 
 
 def test_the_task_asks_as_trained_and_grades_against_the_best_answer(tiny: TinyWorld, tmp_path: Path) -> None:

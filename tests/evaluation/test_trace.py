@@ -91,7 +91,7 @@ def test_held_bytes_are_the_pages_of_the_sequence(stack: Evaluator) -> None:
 
 
 def test_rank_sums_split_at_any_position() -> None:
-    trace = Trace(((3, 2.0), (2, 8.0), (4, 0.5)), (), 0.0, 0)
+    trace = Trace(((3, 2.0), (2, 8.0), (4, 0.5)), (), 0.0, 0, 0)
     assert trace.computed == 9
     for cut in range(12):
         assert trace.rank_sum(0, cut) == sum(trace.ranks()[:cut])

@@ -19,7 +19,7 @@ from conftest import TinyWorld
 POLICY = SteeringPolicy(
     estimator=EstimatorPolicy(gain=6.0),
     chunker=ChunkerPolicy(min_length=3, max_length=8, threshold=0.05, smoothing_tokens=2.0),
-    rank=RankPolicy(min_rank=1, crossfade=2),
+    rank=RankPolicy(source="complexity", min_rank=1, crossfade=2),
     kv=KvPolicy(kind="int8", when="always", sink_tokens=4, recent_tokens=8, block_tokens=16),
 )
 ADAPTIVE = SteeringMode("adaptive", "a16", POLICY)

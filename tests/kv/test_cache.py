@@ -185,3 +185,21 @@ def test_scrubbing_spares_a_shared_page() -> None:
     got = cache.gather(0, plan_gather(refs, CPU))[0]
     assert torch.equal(got[: SHAPE.page_size], keys[0][: SHAPE.page_size])
     assert not got[SHAPE.page_size :].any()
+
+
+@pytest.mark.parametrize("scorer", list(KvScorer))
+def test_heads_on_several_ranks_keep_what_they_keep_on_one(scorer: KvScorer) -> None:
+    whole = _cache()
+    refs, keys, values = _fill(whole, 4)
+    one = whole.gather(1, plan_gather(whole.pack(refs, KvFormat.INT8, 3, scorer) or [], CPU))
+    parts = []
+    for heads in (slice(0, 2), slice(2, 3)):
+        shape = KvShape(SHAPE.layers, heads.stop - heads.start, SHAPE.head_dim, SHAPE.page_size)
+        rank = KvCache(shape, torch.float32, CPU, 4 * shape.page_bytes(torch.float32)[KvFormat.FULL])
+        held = [rank.allocate(KvFormat.FULL) for _ in range(4)]
+        slots = torch.tensor([ref.number * SHAPE.page_size + i for ref in held for i in range(SHAPE.page_size)])
+        for layer in range(SHAPE.layers):
+            rank.write(layer, slots, keys[layer, :, heads], values[layer, :, heads])
+        parts.append(rank.gather(1, plan_gather(rank.pack(held, KvFormat.INT8, 3, scorer) or [], CPU)))
+    for which in (0, 1):
+        assert torch.equal(torch.cat([part[which] for part in parts], dim=1), one[which])

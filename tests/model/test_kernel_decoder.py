@@ -17,6 +17,7 @@ from chunkwise.core import ChunkDecision, UnsupportedModel
 from chunkwise.model import kernel_decoder
 from chunkwise.model.kernel_decoder import KernelDecoder
 from chunkwise.model.kernels.attention import STRETCH
+from chunkwise.model.linear import FOUR_BITS
 from chunkwise.model.llama import Llama, target_slices
 from chunkwise.model.parallel import Group, SingleProcess
 from chunkwise.model.step import StepOutput
@@ -24,12 +25,12 @@ from chunkwise_adapters.ladder import build_ladder
 from chunkwise_adapters.store import AdapterStore, ResidentAdapter
 from ragged import CPU, Part, Rig, distance, random_lora, write_model
 
-FP32, INT8 = 3e-5, 1e-3
-CLOSE = {torch.float32: FP32, torch.bfloat16: FP32, torch.int8: INT8}
-"""How far the kernels may be from torch by the type of the base matrices, which is the same for both. With 8 bits the
-kernels round what is multiplied with them to 16 bits."""
+FP32, INTS = 3e-5, 1e-3
+CLOSE = {torch.float32: FP32, torch.bfloat16: FP32, torch.int8: INTS, FOUR_BITS: INTS}
+"""How far the kernels may be from torch by the type of the base matrices, which is the same for both. With 8 and 4 bits
+the kernels round what is multiplied with them to 16 bits."""
 
-EVERY_STORAGE = pytest.mark.parametrize("storage", CLOSE, ids=["fp32", "bf16", "int8"])
+EVERY_STORAGE = pytest.mark.parametrize("storage", CLOSE, ids=["fp32", "bf16", "int8", "int4"])
 
 SHAPES: dict[str, dict[str, Any]] = {
     "grouped": {},
@@ -287,10 +288,11 @@ def _serve(path: Path, group: Group, threads: int | None, storage: torch.dtype) 
 @EVERY_STORAGE
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_tensor_parallel_ranks_equal_one(models: Callable[[str], Path], world: int, storage: torch.dtype) -> None:
-    """In 8 bits a rank scales its part of a row by itself, so ranks on kernels are compared with ranks on torch."""
+    """In 8 and 4 bits a rank scales its part of a row by itself, so ranks on kernels are compared with ranks on
+    torch."""
     path = models("biases")
     ranks = list(in_parallel(world, lambda group: _serve(path, group, 2, storage)))
-    if storage == torch.int8:
+    if not storage.is_floating_point:
         expected = next(in_parallel(world, lambda group: _serve(path, group, None, storage)))
     else:
         expected = _serve(path, SingleProcess(), 1, storage)

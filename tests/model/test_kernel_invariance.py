@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from chunkwise.core import ChunkDecision
+from chunkwise.model.linear import FOUR_BITS
 from chunkwise_adapters.ladder import build_ladder
 from chunkwise_adapters.store import AdapterStore, ResidentAdapter
 from ragged import CPU, Line, Part, Rig, random_lora, write_model
@@ -28,7 +29,7 @@ CHUNKS = [
 ]
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.int8], ids=["fp32", "bf16", "int8"])
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.int8, FOUR_BITS], ids=str)
 def storage(request: pytest.FixtureRequest) -> torch.dtype:
     dtype: torch.dtype = request.param
     return dtype

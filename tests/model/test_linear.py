@@ -1,11 +1,15 @@
-"""Base matrices, plain and in 8 bits."""
+"""Base matrices, plain and in 8 and 4 bits."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from chunkwise.model.linear import Matrix, quantize_rows
+from chunkwise.model.linear import FOUR_BITS, GROUP, Matrix, empty_matrix, quantize_groups, quantize_rows, store_matrix
 
 WEIGHT = torch.randn(24, 40, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, 24)[:, None]
 
@@ -31,8 +35,47 @@ def test_a_row_of_zeros_stays_zero() -> None:
     assert (dense[3] == 0.0).all() and torch.isfinite(dense).all()
 
 
-def test_rows_and_products_agree_with_the_dense_matrix() -> None:
-    matrix, x, ids = quantize_rows(WEIGHT), torch.randn(3, 40), torch.tensor([7, 23, 0])
+@pytest.mark.parametrize("columns", [40, 39, 32, 1])
+def test_four_bits_are_off_by_at_most_half_a_scale_where_nothing_is_cut_off(columns: int) -> None:
+    weight = WEIGHT[:, :columns]
+    matrix = quantize_groups(weight)
+    assert matrix.scales is not None and matrix.shape == (24, columns)
+    assert matrix.data.shape == (24, -(-columns // 2)) and matrix.scales.shape == (24, -(-columns // GROUP))
+    scale = matrix.scales.abs().repeat_interleave(GROUP, dim=1)[:, :columns]
+    error = (matrix.dense(torch.float32) - weight).abs()
+    inside = weight.abs() <= 7.0 * scale
+    assert (error[inside] <= 0.5001 * scale[inside]).all()
+
+
+def test_four_bits_are_nearer_than_the_plain_range_of_7_would_be() -> None:
+    weight = torch.randn(64, 320, generator=torch.Generator().manual_seed(1))
+    scale = weight.view(64, -1, GROUP).abs().amax(dim=2).div(7.0).repeat_interleave(GROUP, dim=1)
+    plain = torch.round(weight / scale).mul(scale)
+    ours = quantize_groups(weight).dense(torch.float32)
+    assert (ours - weight).square().sum() < 0.85 * (plain - weight).square().sum()
+
+
+def test_a_group_of_zeros_stays_zero_and_a_number_alone_is_exact() -> None:
+    weight = torch.zeros(2, 96)
+    weight[1, 40] = -3.25
+    assert torch.equal(quantize_groups(weight).dense(torch.float32), weight)
+
+
+@pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.int8, FOUR_BITS])
+def test_an_empty_matrix_takes_what_is_stored(storage: torch.dtype) -> None:
+    weight = WEIGHT[:, :39]
+    kept = store_matrix(weight, storage)
+    place = empty_matrix(24, 39, storage, lambda rows, columns, dtype: torch.empty(rows, columns, dtype=dtype))
+    assert place.shape == kept.shape == (24, 39)
+    assert place.data.dtype == kept.data.dtype and place.data.shape == kept.data.shape
+    assert (place.scales is None) == (kept.scales is None)
+    if place.scales is not None and kept.scales is not None:
+        assert place.scales.shape == kept.scales.shape
+
+
+@pytest.mark.parametrize("quantize", [quantize_rows, quantize_groups])
+def test_rows_and_products_agree_with_the_dense_matrix(quantize: Callable[[Tensor], Matrix]) -> None:
+    matrix, x, ids = quantize(WEIGHT), torch.randn(3, 40), torch.tensor([7, 23, 0])
     dense = matrix.dense(torch.float32)
     assert torch.equal(matrix.rows(ids, torch.float32), dense[ids])
     assert torch.equal(matrix.times(x), F.linear(x, dense))

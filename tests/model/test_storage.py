@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chunkwise.config.settings import ShardSettings
+from chunkwise.config.settings import Quantize, ShardSettings
+from chunkwise.model.linear import FOUR_BITS
 from chunkwise.model.llama import Llama
 from chunkwise.model.parallel import SingleProcess
 from chunkwise.shard.process import _types
@@ -46,17 +47,20 @@ def test_bf16_agrees_with_torch_operations(tiny: TinyWorld) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "int8", "checkpoint", "expected"),
+    ("asked", "quantize", "checkpoint", "expected"),
     [
-        (None, False, "float32", (torch.float32, torch.float32)),
-        (None, False, "bfloat16", (torch.float32, torch.bfloat16)),
-        (None, False, "float16", (torch.float32, torch.float32)),
-        ("float32", False, "bfloat16", (torch.float32, torch.float32)),
-        ("bfloat16", False, "float32", (torch.float32, torch.bfloat16)),
-        ("float16", False, "bfloat16", (torch.float16, torch.float16)),
-        (None, True, "bfloat16", (torch.float32, torch.int8)),
+        (None, None, "float32", (torch.float32, torch.float32)),
+        (None, None, "bfloat16", (torch.float32, torch.bfloat16)),
+        (None, None, "float16", (torch.float32, torch.float32)),
+        ("float32", None, "bfloat16", (torch.float32, torch.float32)),
+        ("bfloat16", None, "float32", (torch.float32, torch.bfloat16)),
+        ("float16", None, "bfloat16", (torch.float16, torch.float16)),
+        (None, "int8", "bfloat16", (torch.float32, torch.int8)),
+        (None, "int4", "bfloat16", (torch.float32, FOUR_BITS)),
     ],
 )
-def test_types_on_a_cpu(asked: str | None, int8: bool, checkpoint: str, expected: tuple[torch.dtype, ...]) -> None:
-    settings = ShardSettings("model", ("unix:///s",), dtype=asked, int8=int8)
+def test_types_on_a_cpu(
+    asked: str | None, quantize: Quantize | None, checkpoint: str, expected: tuple[torch.dtype, ...]
+) -> None:
+    settings = ShardSettings("model", ("unix:///s",), dtype=asked, quantize=quantize)
     assert _types(settings, CPU, checkpoint) == expected

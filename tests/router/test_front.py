@@ -39,7 +39,7 @@ from routing import POLICY, write_tokenizer
 from serving import Driver, request
 from tgi_router import TgiRouter, batch, liveness_request, text_request, warmup_request
 
-FULL = SteeringPolicy(rank=RankPolicy(min_rank=16), kv=KvPolicy(kind="full"))
+FULL = SteeringPolicy(rank=RankPolicy(source="complexity", min_rank=16), kv=KvPolicy(kind="full"))
 TEXT = "It was a bright cold day in April, and the clocks were striking thirteen."
 
 
@@ -297,7 +297,7 @@ async def test_joining_merging_and_filtering_change_no_answer(
 
 @pytest.mark.parametrize("rung", [1, 4])
 async def test_a_policy_of_one_rank_answers_as_that_rank(tiny: TinyWorld, tmp_path: Path, rung: int) -> None:
-    policy = replace(FULL, rank=RankPolicy(min_rank=rung, max_rank=rung))
+    policy = replace(FULL, rank=RankPolicy(prompt_rung=rung, answer_rung=rung))
     r = request(0, TEXT, new=40, adapter_id="a16")
     full, low = Driver(tiny.model, tiny.adapters).run(r)[0], steered_alone(tiny, r, rung)
     assert low != full

@@ -5,7 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from chunkwise_adapters.ladder import build_ladder
 from chunkwise_adapters.ladder_file import LADDER_FILE, save_ladder
 from chunkwise_adapters.store import ResidentAdapter
 from conftest import TinyWorld
+from serving import Driver, request
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def save(tiny: TinyWorld, adapter: Path) -> Callable[..., None]:
 
 
 def test_without_a_ladder_the_plain_one_is_served(tiny: TinyWorld, adapter: Path) -> None:
-    assert load(tiny, adapter).rungs == (0, 1, 2, 4, 8)
+    assert load(tiny, adapter).rungs == (0, 0.25, 0.5, 1, 2, 4, 8)
 
 
 def test_a_saved_ladder_is_served_under_any_name(tiny: TinyWorld, adapter: Path, save: Callable[..., None]) -> None:
@@ -122,3 +123,33 @@ def test_ranks_serve_a_ladder_only_if_all_read_the_same(
     for outcome in different:
         for rank, message in enumerate(outcome):
             assert "the shards found different ladders" in message and f"rank {rank}" in message
+
+
+@pytest.fixture
+def copies(tiny: TinyWorld, tmp_path: Path) -> dict[str, Path]:
+    return {name: Path(shutil.copytree(path, tmp_path / name)) for name, path in tiny.adapters.items()}
+
+
+def answers(driver: Driver, names: Sequence[str]) -> list[list[int]]:
+    """Tokens of one request after another."""
+    for id, name in enumerate(names):
+        result = driver.prefill([request(id, "_the _cat", new=3, adapter=name)])
+        while result.batch is not None:
+            result = driver.decode(result.batch)
+    return [driver.tokens.get(id, []) for id in range(len(names))]
+
+
+def test_one_slot_answers_as_many_do(tiny: TinyWorld, copies: dict[str, Path]) -> None:
+    names = [*copies, *reversed(copies)]
+    few, all_of_them = (Driver(tiny.model, copies, adapter_slots=slots) for slots in (1, None))
+    assert answers(few, names) == answers(all_of_them, names)
+    assert not few.errors and len(few.engine.info().adapters) == len(copies)
+
+
+def test_an_evicted_adapter_that_is_gone_ends_its_requests_alone(tiny: TinyWorld, copies: dict[str, Path]) -> None:
+    first, *_, last = copies
+    driver = Driver(tiny.model, copies, adapter_slots=1)
+    shutil.rmtree(copies[last])
+    result = driver.prefill([request(1, new=3, adapter=first), request(2, new=3, adapter=last), request(3, new=3)])
+    assert result.batch is not None and result.batch.request_ids == (1, 3)
+    assert list(driver.errors) == [2] and last in driver.errors[2]

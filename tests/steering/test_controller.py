@@ -6,13 +6,14 @@ from types import FrameType
 
 import pytest
 
-from chunkwise.config.policy import ChunkerPolicy, KvPolicy, SteeringPolicy
+from chunkwise.config.policy import ChunkerPolicy, KvPolicy, RankPolicy, SteeringPolicy
 from chunkwise.core import AdapterInfo, KvFormat, SequenceSignals, SteeringUpdate, SteeringViolation, StepSignals
 from chunkwise.steering import SteeringController
 
 ADAPTER = AdapterInfo("a", "h", 16, (4, 16), (0.5, 1.0), (4.0, 16.0))
 POLICY = SteeringPolicy(
     chunker=ChunkerPolicy(min_length=4, max_length=4),
+    rank=RankPolicy(source="complexity"),
     kv=KvPolicy(kind="int8", when="always", sink_tokens=0, recent_tokens=0),
 )
 UNDER_PRESSURE = replace(POLICY, kv=replace(POLICY.kv, when="pressure"))

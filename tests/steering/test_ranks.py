@@ -29,7 +29,9 @@ def adapters(draw: st.DrawFn) -> AdapterInfo:
 
 
 POLICIES = st.builds(
-    lambda low, more, skip, exponent: RankPolicy(low, None if more is None else low + more, skip, exponent),
+    lambda low, more, skip, exponent: RankPolicy(
+        min_rank=low, max_rank=None if more is None else low + more, skip_below=skip, energy_exponent=exponent
+    ),
     st.integers(1, 80),
     st.none() | st.integers(0, 80),
     st.just(0.0) | st.floats(0.0, 1.0),

@@ -20,6 +20,7 @@ ENTROPY_ONLY = EstimatorPolicy(
 
 
 def sequence(policy: SteeringPolicy, prompt: list[int], adapter: AdapterInfo | None = ADAPTER) -> SteeredSequence:
+    """A sequence whose ranks follow complexity."""
     return SteeredSequence(1, prompt, policy, RankSelector(policy.rank, adapter) if adapter else None)
 
 

@@ -22,14 +22,15 @@ _EVERYWHERE = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
 # In one process: with a process for the scheduler, vLLM keeps a core free for it and computes on the others alone.
 _VLLM = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "KMP_BLOCKTIME": "5"}
 _GGUF_OF = {"float32": "F32", "bfloat16": "BF16"}
-_GGUF_OF_QUANTIZE = {"int8": "Q8_0"}
+_GGUF_OF_QUANTIZE = {"int8": "Q8_0", "int4": "Q4_0"}
 # Rank moves between 8 and 16 with the text, so its mean lies near 12; the cache stays full, to measure rank alone.
 STEERED_POLICY = """\
 [rank]
+source = "complexity"
 min_rank = 5
 max_rank = 16
 [kv]
-easy_format = "full"
+kind = "full"
 """
 
 

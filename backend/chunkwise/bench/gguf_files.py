@@ -26,6 +26,7 @@ FILE_TYPES = {
     "F32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "BF16": (GGMLQuantizationType.BF16, LlamaFileType.MOSTLY_BF16),
     "Q8_0": (GGMLQuantizationType.Q8_0, LlamaFileType.MOSTLY_Q8_0),
+    "Q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 
 _OUTER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
@@ -56,7 +57,8 @@ def to_gguf_rows(weight: Array, heads: int) -> Array:
 
 
 def write_base(model: Path, file: Path, kind: str) -> None:
-    """Writes the checkpoint with its matrices as ``kind``, a key of `FILE_TYPES`, and its norms as F32.
+    """Writes the checkpoint with its matrices as ``kind``, a key of `FILE_TYPES`, and its norms as F32. Embedding and
+    head of Q4_0 are Q8_0: ours are in 8 bits too, and llama.cpp's own files keep them in more bits than the layers.
 
     Raises:
         NotConvertible: the checkpoint has a rotary scaling or tensors that a plain LLaMA does not have.
@@ -80,7 +82,9 @@ def write_base(model: Path, file: Path, kind: str) -> None:
         if weight.ndim == 1 or kind == "F32":
             writer.add_tensor(target, weight)
         else:
-            writer.add_tensor(target, quantize(weight, tensor_type), raw_dtype=tensor_type)
+            table = kind == "Q4_0" and not target.startswith("blk.")
+            stored = GGMLQuantizationType.Q8_0 if table else tensor_type
+            writer.add_tensor(target, quantize(weight, stored), raw_dtype=stored)
     _finish(writer)
 
 

@@ -39,7 +39,7 @@ class Target:
     theirs: tuple[str, str]
     bound: float
     at_least: bool = False
-    formats: tuple[str, ...] = ("float32", "bfloat16", "int8")
+    formats: tuple[str, ...] = ("float32", "bfloat16", "int8", "int4")
 
 
 _FP32 = ("float32",)

@@ -79,7 +79,7 @@ def add_bench(commands: Any) -> None:
     add("--new-tokens", type=int, default=48, help="tokens each stream generates (default: 48)")
     add("--threads", type=int, default=os.cpu_count() or 1, help="threads of every engine (default: all cores)")
     add("--dtype", default="float32", choices=("float32", "bfloat16"), help="of every engine (default: float32)")
-    add("--quantize", help="weight format of ChunkWise, as `serve --quantize`; int8 is set beside llama.cpp's Q8_0")
+    add("--quantize", help="weights of ChunkWise, as `serve --quantize`; llama.cpp takes Q8_0 or Q4_0 beside them")
     add("--policy", help="steering policy of the scenario rank8 (default: one of mean rank near 12)")
     add("--serve-flags", default="", help="further flags for `chunkwise serve`, as one argument")
     add("--trace", help="CSV of arrivals (TIMESTAMP,ContextTokens,GeneratedTokens) for the scenario trace")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from chunkwise.config.settings import QUANTIZE
+
 EVAL_TASKS = ("wikitext", "nll", "squad", "bleu")
 EVAL_TARGETS = ("fra", "deu", "spa")
 
@@ -33,6 +35,7 @@ def add_eval_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser
     add("--target", choices=EVAL_TARGETS, default="fra", help="language to translate English into (default: fra)")
     add("--max-new-tokens", type=int, help="longest answer (default: 32 for squad, 128 for bleu)")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="as of serve")
+    add("--quantize", choices=QUANTIZE, help="as of serve")
     add("--threads", type=int, help="CPU threads; default: the machine's cores")
     add("--batch-tokens", type=int, default=8192, help="tokens held at once, answers included (default: 8192)")
     add("--step-tokens", type=int, default=1024, help="most tokens computed in one step (default: 1024)")

@@ -9,7 +9,7 @@ from typing import Literal
 
 from chunkwise.config.adapters import parse_lora_adapters
 from chunkwise.config.flags import InvalidFlags
-from chunkwise.config.settings import AdapterSource
+from chunkwise.config.settings import AdapterSource, Quantize
 
 Scoring = Literal["prompt", "decode"]
 TaskName = Literal["wikitext", "nll", "squad", "bleu"]
@@ -26,6 +26,7 @@ class EngineChoice:
     model_id: str
     adapter: AdapterSource | None = None
     dtype: str | None = None
+    quantize: Quantize | None = None
     threads: int | None = None
     batch_tokens: int = 8192
     step_tokens: int = 1024
@@ -85,6 +86,7 @@ def eval_settings(args: argparse.Namespace) -> EvalSettings:
             model_id=args.model_id,
             adapter=adapters[0] if adapters else None,
             dtype=args.dtype,
+            quantize=args.quantize,
             threads=args.threads,
             batch_tokens=args.batch_tokens,
             step_tokens=args.step_tokens,

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from chunkwise.config.bench_flags import add_bench
+from chunkwise.config.calibrate_flags import add_calibrate_parser
 from chunkwise.config.eval_flags import add_eval_parser
+from chunkwise.config.experiment_flags import add_experiments_parser
 from chunkwise.config.ladder_flags import add_ladder_parser
 from chunkwise.core import ChunkwiseError
 
@@ -57,9 +59,12 @@ def _model_flags(flags: _Flags) -> None:
     flags.value(
         "--dtype", "data type of weights and KV cache; default float32 on CPU, the checkpoint's on GPU", choices=_DTYPES
     )
-    flags.value("--quantize", "int8: keep the base matrices in 8 bits; on CPU, which then computes in float32")
+    flags.value("--quantize", "int8 or int4: base matrices in 8 or 4 bits; on CPU, which then computes in float32")
     flags.value(
         "--lora-adapters", "adapters to serve: name=path, name=path@revision, hub/id or hub/id@revision, by comma"
+    )
+    flags.value(
+        "--max-active-adapters", "adapters kept in memory, others are read when asked for; default: all", kind=int
     )
     flags.value("--max-batch-total-tokens", "tokens the KV cache holds; default from the free memory", kind=int)
     flags.switch("--enable-prefill-logprobs", "answer requests for prompt logprobs; without it they are ignored")
@@ -157,5 +162,7 @@ def build_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
 
     add_eval_parser(commands)
     add_ladder_parser(commands)
+    add_calibrate_parser(commands)
+    add_experiments_parser(commands)
     add_bench(commands)
     return parser

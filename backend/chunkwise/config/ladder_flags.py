@@ -33,7 +33,11 @@ def add_ladder_parser(commands: argparse._SubParsersAction[argparse.ArgumentPars
     )
     add("--calibration-tokens", type=int, default=4096, help="tokens to read, spread over the file (default: 4096)")
     add("--window", type=int, default=512, help="most tokens of a document read as one sequence (default: 512)")
-    add("--rungs", help="rank budgets, by comma (default: 0 and the powers of two); the trained rank is always added")
+    add(
+        "--rungs",
+        help="rank budgets per module, by comma; with global allocation also fractions, like 0.25 (default: 0, with "
+        "global allocation 0.25 and 0.5, and the powers of two); the trained rank is always added",
+    )
     add(
         "--allocation",
         choices=("uniform", "global"),

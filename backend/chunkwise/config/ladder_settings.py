@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from chunkwise.config.flags import InvalidFlags
+from chunkwise.core import rank_budget
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,7 @@ class LadderSettings:
     adapter: str
     model_id: str
     calibration: CalibrationSettings | None
-    rungs: tuple[int, ...] | None
+    rungs: tuple[float, ...] | None
     allocation: Literal["uniform", "global"]
     out: Path | None
     plot: Path | None
@@ -55,7 +57,7 @@ def ladder_settings(args: argparse.Namespace) -> LadderSettings:
         calibration=None
         if args.calibration is None
         else CalibrationSettings(args.calibration, args.calibration_tokens, args.window),
-        rungs=None if args.rungs is None else _rungs(args.rungs),
+        rungs=None if args.rungs is None else parse_rungs(args.rungs),
         allocation=args.allocation,
         out=args.out,
         plot=args.plot,
@@ -63,9 +65,12 @@ def ladder_settings(args: argparse.Namespace) -> LadderSettings:
     )
 
 
-def _rungs(text: str) -> tuple[int, ...]:
+def parse_rungs(text: str) -> tuple[float, ...]:
+    """Rank budgets by comma. Raises InvalidFlags."""
     try:
-        rungs = tuple(int(part) for part in text.split(","))
+        rungs = tuple(float(part) for part in text.split(","))
     except ValueError:
-        raise InvalidFlags(f"--rungs is {text!r}; give whole numbers by comma, like 0,1,2,4") from None
-    return rungs
+        rungs = (math.nan,)
+    if not all(map(math.isfinite, rungs)):
+        raise InvalidFlags(f"--rungs is {text!r}; give numbers by comma, like 0,0.25,0.5,1,2,4")
+    return tuple(map(rank_budget, rungs))

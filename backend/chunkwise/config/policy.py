@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import math
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from chunkwise.core import ChunkwiseError
-
-
-class InvalidPolicy(ChunkwiseError):
-    """A policy file with an unknown key, a wrong type or a value out of range."""
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise InvalidPolicy(message)
+from chunkwise.config.adapter_policy import AdapterPolicy, parse_adapters
+from chunkwise.config.invalid_policy import InvalidPolicy as InvalidPolicy
+from chunkwise.config.invalid_policy import require as _require
 
 
 def _require_positive(name: str, value: float) -> None:
@@ -97,18 +91,34 @@ class ChunkerPolicy:
 
 @dataclass(frozen=True, slots=True)
 class RankPolicy:
-    """Complexity to rung and scale. The wanted rank runs geometrically from ``min_rank`` at complexity 0 to
-    ``max_rank`` (None: the trained rank) at 1 and is rounded up to a rung; below the complexity ``skip_below`` the
-    adapter is skipped (rung 0); ``energy_exponent`` makes up for dropped energy in the scale (0: scale 1);
-    ``crossfade`` is the window in tokens, cut to ``chunker.min_length`` so that it ends within its chunk."""
+    """The ranks of adapters that have no section of their own, by one of two sources.
 
+    "roles": a prompt runs at the smallest rung of at least ``prompt_rung``, the answer, from the prompt's last token
+    on, at that of ``answer_rung`` (None: the trained rank). By default both are the trained rank, which is plain LoRA:
+    how much rank a real adapter needs could be told neither from its ladder nor from the text, but only by measuring,
+    which is what ``chunkwise calibrate`` does.
+
+    "complexity": the wanted rank runs geometrically from ``min_rank`` at complexity 0 to ``max_rank`` (None: the
+    trained rank) at 1 and is rounded up to a rung; below the complexity ``skip_below`` the adapter is skipped (rung 0).
+    At equal mean rank this was no better than a fixed rank; it is kept to be compared with.
+
+    ``energy_exponent`` makes up for dropped energy in the scale (0: scale 1); ``crossfade`` is the window in tokens,
+    cut to ``chunker.min_length`` so that it ends within its chunk: 4 tokens were no better than none.
+    """
+
+    source: Literal["roles", "complexity"] = "roles"
+    prompt_rung: float | None = None
+    answer_rung: float | None = None
     min_rank: int = 2
     max_rank: int | None = None
     skip_below: float = 0.0
     energy_exponent: float = 0.0
-    crossfade: int = 4
+    crossfade: int = 0
 
     def __post_init__(self) -> None:
+        _require(self.source in ("roles", "complexity"), f"rank.source is {self.source!r}; use 'roles' or 'complexity'")
+        for name, rung in (("prompt_rung", self.prompt_rung), ("answer_rung", self.answer_rung)):
+            _require(rung is None or 0.0 <= rung < math.inf, f"rank.{name} is {rung}; it must be finite, at least 0")
         _require(self.min_rank >= 1, f"rank.min_rank is {self.min_rank}; it must be at least 1")
         _require(
             self.max_rank is None or self.max_rank >= self.min_rank,
@@ -179,15 +189,17 @@ class KvPolicy:
 
 @dataclass(frozen=True, slots=True)
 class SteeringPolicy:
-    """The four parts of one steering policy; the defaults are what ``chunkwise serve`` runs without ``--policy``."""
+    """The parts of one steering policy; the defaults are what ``chunkwise serve`` runs without ``--policy``.
+    ``adapters`` holds, by the name that an adapter is served under, what was calibrated for it alone."""
 
     estimator: EstimatorPolicy = field(default_factory=EstimatorPolicy)
     chunker: ChunkerPolicy = field(default_factory=ChunkerPolicy)
     rank: RankPolicy = field(default_factory=RankPolicy)
     kv: KvPolicy = field(default_factory=KvPolicy)
+    adapters: Mapping[str, AdapterPolicy] = field(default_factory=dict)
 
 
-_NUMBERS = {"int": (int,), "float": (int, float), "int | None": (int,)}
+_NUMBERS = {"int": (int,), "float": (int, float), "int | None": (int,), "float | None": (int, float)}
 
 
 def _value(where: str, annotation: str, value: Any) -> Any:
@@ -224,7 +236,8 @@ def parse_policy(text: str) -> SteeringPolicy:
         document = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise InvalidPolicy(f"policy is not valid TOML: {error}") from error
-    policy: SteeringPolicy = _merge("policy", SteeringPolicy(), document)
+    adapters = parse_adapters(document.pop("adapters", {}))
+    policy: SteeringPolicy = _merge("policy", SteeringPolicy(adapters=adapters), document)
     return policy
 
 

@@ -11,6 +11,7 @@ from chunkwise.config.adapters import parse_lora_adapters
 from chunkwise.config.flags import InvalidFlags
 from chunkwise.config.policy import SteeringPolicy, load_policy
 from chunkwise.config.settings import (
+    QUANTIZE,
     FrontSettings,
     Limits,
     LogSettings,
@@ -50,13 +51,14 @@ def _log(args: argparse.Namespace) -> LogSettings:
 
 
 def _check_model(args: argparse.Namespace) -> None:
-    if args.quantize not in (None, "", "int8"):
+    if args.quantize not in (None, "", *QUANTIZE):
         raise InvalidFlags(
-            f"--quantize is {args.quantize!r}; use int8, or leave it out and serve the weights as they are"
+            f"--quantize is {args.quantize!r}; use {' or '.join(QUANTIZE)}, or leave it out and serve the weights as "
+            "they are"
         )
     if args.quantize and args.dtype not in (None, "float32"):
-        raise InvalidFlags(f"--quantize int8 computes in float32, not in {args.dtype}; leave --dtype out")
-    for name in ("max_batch_total_tokens", "threads"):
+        raise InvalidFlags(f"--quantize {args.quantize} computes in float32, not in {args.dtype}; leave --dtype out")
+    for name in ("max_active_adapters", "max_batch_total_tokens", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InvalidFlags(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -142,7 +144,8 @@ def shard_settings(args: argparse.Namespace) -> ShardSettings:
         revision=args.revision,
         parallel=ParallelSettings(args.rank, args.world_size, args.master_addr, args.master_port),
         dtype=args.dtype,
-        int8=args.quantize == "int8",
+        quantize=args.quantize or None,
+        adapter_slots=args.max_active_adapters,
         adapters=parse_lora_adapters(args.lora_adapters or ""),
         max_batch_total_tokens=args.max_batch_total_tokens,
         prefix_caching=not args.disable_prefix_caching,

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal, get_args
 
 from chunkwise.config.policy import SteeringPolicy
+
+Quantize = Literal["int8", "int4"]
+QUANTIZE: tuple[Quantize, ...] = get_args(Quantize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +111,10 @@ class WatermarkSettings:
 class ShardSettings:
     """Everything a shard process needs.
 
-    ``urls`` lists the listening address of every shard, by rank ("unix://path" or "host:port"). ``int8`` keeps the base
-    matrices in 8 bits. ``max_batch_total_tokens`` sizes the KV cache (None: from the memory that is free at Warmup).
+    ``urls`` lists the listening address of every shard, by rank ("unix://path" or "host:port"). ``quantize`` keeps the
+    base matrices in 8 or 4 bits. ``adapter_slots`` is how many adapters stay in memory
+    (None: all). ``max_batch_total_tokens`` sizes the KV cache (None: from the memory that is free at
+    Warmup).
     """
 
     model_id: str
@@ -116,8 +122,9 @@ class ShardSettings:
     revision: str | None = None
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     dtype: str | None = None
-    int8: bool = False
+    quantize: Quantize | None = None
     adapters: tuple[AdapterSource, ...] = ()
+    adapter_slots: int | None = None
     max_batch_total_tokens: int | None = None
     prefix_caching: bool = True
     prefill_logprobs: bool = False

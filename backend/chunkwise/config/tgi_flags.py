@@ -15,7 +15,7 @@ from pathlib import Path
 from chunkwise.config.adapters import parse_lora_adapters
 from chunkwise.config.flags import InvalidFlags
 from chunkwise.config.policy import load_policy
-from chunkwise.config.settings import AdapterSource, LogSettings, ParallelSettings
+from chunkwise.config.settings import AdapterSource, LogSettings, ParallelSettings, Quantize
 
 _LEVELS = ("TRACE", "DEBUG", "INFO", "SUCCESS", "WARN", "WARNING", "ERROR", "CRITICAL", "OFF")
 _QUANTIZE = (
@@ -30,8 +30,13 @@ _QUANTIZE = (
     "eetq",
     "fp8",
 )
-# Formats that TGI makes of a plain checkpoint while it loads, 8 bits a weight.
-_INT8 = ("bitsandbytes", "eetq")
+# Formats that TGI makes of a plain checkpoint while it loads, and ours of as many bits.
+_QUANTIZED: dict[str, Quantize] = {
+    "bitsandbytes": "int8",
+    "eetq": "int8",
+    "bitsandbytes-nf4": "int4",
+    "bitsandbytes-fp4": "int4",
+}
 _PLACE = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -48,7 +53,7 @@ class TgiServeSettings:
     uds_path: str
     parallel: ParallelSettings
     dtype: str | None = None
-    int8: bool = False
+    quantize: Quantize | None = None
     adapters: tuple[AdapterSource, ...] = ()
     prefill_logprobs: bool = False
     threads: int | None = None
@@ -123,10 +128,10 @@ def _common_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve_settings(args: argparse.Namespace, env: Mapping[str, str], log: LogSettings) -> TgiServeSettings:
-    if args.quantize not in (None, *_INT8):
+    if args.quantize not in (None, *_QUANTIZED):
         raise InvalidFlags(
-            f"--quantize is {args.quantize!r}; of TGI's formats there are {' and '.join(_INT8)}, both as 8-bit "
-            "weights; use one of them or serve the original checkpoint without it"
+            f"--quantize is {args.quantize!r}; of TGI's formats there are {', '.join(_QUANTIZED)}, as "
+            "weights of as many bits; use one of them or serve the original checkpoint without it"
         )
     _refuse_rope(env)
     policy = env.get("CHUNKWISE_POLICY") or None
@@ -137,9 +142,9 @@ def _serve_settings(args: argparse.Namespace, env: Mapping[str, str], log: LogSe
         revision=args.revision,
         uds_path=args.uds_path,
         parallel=_place(env) if args.sharded else ParallelSettings(),
-        # 8-bit weights are computed with in float32, whatever type TGI's launcher adds.
+        # Such weights are computed with in float32, whatever type TGI's launcher adds.
         dtype=None if args.quantize else args.dtype,
-        int8=args.quantize is not None,
+        quantize=_QUANTIZED.get(args.quantize),
         adapters=parse_lora_adapters(env.get("LORA_ADAPTERS", "")),
         prefill_logprobs=_is_on(env, "REQUEST_LOGPROBS"),
         threads=_threads(env),

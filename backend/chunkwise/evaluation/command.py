@@ -12,7 +12,7 @@ from typing import Any
 from chunkwise.config.eval_settings import EvalSettings, Selection, TaskName, TaskSettings, eval_settings
 from chunkwise.evaluation.bleu import BleuTask
 from chunkwise.evaluation.driver import Evaluator, load_evaluator
-from chunkwise.evaluation.identity import run_header
+from chunkwise.evaluation.identity import model_hash, run_header
 from chunkwise.evaluation.modes import SteeringMode, parse_mode
 from chunkwise.evaluation.perplexity import AnswerTask, TextTask
 from chunkwise.evaluation.progress import open_progress
@@ -56,8 +56,8 @@ def evaluate(settings: EvalSettings) -> dict[str, Any]:
     adapter = evaluator.adapters[source.name] if source is not None else None
     mode = parse_mode(settings.mode, adapter)
     task = _TASKS[settings.task.name](settings.task, settings.selection, evaluator.tokenizer)
-    model_dir = locate(settings.engine.model_id, None)
-    header = run_header(settings, model_dir, evaluator.dtype, adapter, mode, task.identity)
+    model = model_hash(locate(settings.engine.model_id, None))
+    header = run_header(settings, model, evaluator.dtype, adapter, mode, task.identity)
     with ResultFile(settings.out, header) as results:
         speed = run_task(evaluator, task, mode, results)
         return {
@@ -78,8 +78,10 @@ def run_task(evaluator: Evaluator, task: Task, mode: SteeringMode, results: Resu
     start, tokens = time.perf_counter(), 0
     try:
         for group in groups[done:]:
+            steps = len(evaluator.pool_bytes)
             outcomes = evaluator.run_group(group, mode)
-            results.append([record(outcome, task.grade(outcome)) for outcome in outcomes])
+            peak = max(evaluator.pool_bytes[steps:])
+            results.append([record(outcome, task.grade(outcome), peak) for outcome in outcomes])
             tokens += sum(outcome.trace.computed for outcome in outcomes)
             progress.update(len(group))
     finally:

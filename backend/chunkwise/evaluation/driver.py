@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from chunkwise.config.eval_settings import EngineChoice
 from chunkwise.config.settings import ShardSettings
 from chunkwise.core import (
+    AdapterInfo,
     Generation,
     GenerationRequest,
     InvalidRequest,
@@ -56,7 +58,6 @@ class Evaluator:
         batch_tokens, step_tokens: as in `EngineChoice`; the engine's KV cache must have been sized for the former.
 
     Attributes:
-        adapters: what steering knows of the resident adapters, by name.
         dtype: of weights and KV cache, by torch's name.
         pool_bytes: bytes of KV pages held after every step so far.
     """
@@ -72,11 +73,14 @@ class Evaluator:
         self._batch_tokens = min(batch_tokens, self._limits.max_supported_total_tokens - PAGE_SIZE)
         self._ids = itertools.count(1)
         self.tokenizer = tokenizer
-        info = engine.info()
-        self.adapters = {adapter.adapter_id: adapter for adapter in info.adapters}
-        self.dtype = info.dtype
+        self.dtype = engine.info().dtype
         self.pool_bytes = self._watcher.pool_bytes
         engine.watch(self._watcher)
+
+    @property
+    def adapters(self) -> dict[str, AdapterInfo]:
+        """What steering knows of the adapters that are resident now, by name."""
+        return {adapter.adapter_id: adapter for adapter in self._engine.info().adapters}
 
     def groups(self, jobs: SequenceOf[Job]) -> list[list[Job]]:
         """The jobs in order, cut so that each group fits the KV cache with its longest answers.
@@ -108,11 +112,12 @@ class Evaluator:
         helm = LocalHelm(self._decisions, mode.policy, PAGE_SIZE)
         answers: dict[int, PartialOutcome] = {}
         requests: list[GenerationRequest] = []
+        adapter = self.adapters.get(mode.adapter) if mode.adapter is not None else None
         for job in jobs:
             request = job.request(next(self._ids), mode.adapter)
             requests.append(request)
             answers[request.id] = PartialOutcome(job)
-            helm.admit(request, self.adapters.get(mode.adapter) if mode.adapter is not None else None)
+            helm.admit(request, adapter)
         try:
             for generation in self._generations(requests, helm):
                 answers[generation.request_id].take(generation)
@@ -120,6 +125,11 @@ class Evaluator:
         finally:
             self._engine.clear_cache(None)
             self._watcher.forget()
+
+    def watch_scored(self, observe: Callable[[Tensor], None] | None) -> None:
+        """Calls ``observe`` with the logits [n, vocabulary] behind the prompt logprobs of every job that asks for them;
+        of a group of one job they come in order of position."""
+        self._engine.watch_scored(observe)
 
     def _generations(self, requests: SequenceOf[GenerationRequest], helm: LocalHelm) -> Iterator[Generation]:
         result, signals = self._engine.prefill(requests[0].id, requests, None, helm.flush(), 0)
@@ -164,6 +174,7 @@ def load_evaluator(choice: EngineChoice) -> Evaluator:
         model_id=choice.model_id,
         urls=(),
         dtype=choice.dtype,
+        quantize=choice.quantize,
         adapters=(choice.adapter,) if choice.adapter is not None else (),
         max_batch_total_tokens=choice.batch_tokens,
         prefix_caching=False,

@@ -46,13 +46,14 @@ def ladder_identity(adapter: AdapterInfo) -> dict[str, Any]:
 
 def run_header(
     settings: EvalSettings,
-    model_dir: Path,
+    model: str,
     dtype: str,
     adapter: AdapterInfo | None,
     mode: SteeringMode,
     task: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The header of a result file. ``dtype`` is the engine's; ``task`` is the task's own identity."""
+    """The header of a result file. ``model`` is the `model_hash`; ``dtype`` is the engine's; ``task`` is the task's own
+    identity."""
     selection, engine = settings.selection, settings.engine
     return {
         "chunkwise": __version__,
@@ -62,8 +63,9 @@ def run_header(
         "limit": selection.limit,
         "skip_share": selection.skip_share,
         "seed": selection.seed,
-        "model": model_hash(model_dir),
+        "model": model,
         "dtype": dtype,
+        "quantize": engine.quantize,
         "adapter": ladder_identity(adapter) if adapter is not None and mode.adapter is not None else None,
         "mode": mode.name,
         "policy": asdict(mode.policy) if mode.policy is not None else None,

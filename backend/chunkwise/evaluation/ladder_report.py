@@ -34,7 +34,7 @@ class RungRow:
     """One rung. ``truncation_error`` as in `RankLadder.truncation_errors`; ``parameters`` counts the active rows of
     both factors over all modules, ``fp32_bytes`` is what they take."""
 
-    rung: int
+    rung: float
     mean_active_rank: float
     kept_energy: float
     truncation_error: float

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from chunkwise.config.policy import KvPolicy, RankPolicy, SteeringPolicy, load_policy
-from chunkwise.core import AdapterInfo, ChunkwiseError
+from chunkwise.core import AdapterInfo, ChunkwiseError, rank_budget
+from chunkwise.steering import check_sections
 
 
 class InvalidMode(ChunkwiseError):
@@ -26,33 +28,53 @@ class SteeringMode:
 BASE = SteeringMode("base")
 
 
-def fixed_rung(rung: int, adapter: AdapterInfo) -> SteeringMode:
+def fixed_rung(rung: float, adapter: AdapterInfo) -> SteeringMode:
     """Every token, the prompt's too, at one rung, by the same decisions as an adaptive run; the KV cache stays full.
 
     Raises:
         InvalidMode: the adapter's ladder has no such rung.
     """
     if rung not in adapter.rungs:
-        raise InvalidMode(f"adapter {adapter.adapter_id!r} has no rung {rung}; its rungs are {adapter.rungs}")
-    # Below a complexity of 1, which the estimator never reaches, the adapter is skipped.
-    rank = RankPolicy(min_rank=max(rung, 1), max_rank=max(rung, 1), skip_below=1.0 if rung == 0 else 0.0, crossfade=0)
-    return SteeringMode(f"rung={rung}", adapter.adapter_id, SteeringPolicy(rank=rank, kv=KvPolicy(kind="full")))
+        raise InvalidMode(f"adapter {adapter.adapter_id!r} has no rung {rung:g}; its rungs are {adapter.rungs}")
+    rank = RankPolicy(prompt_rung=rung, answer_rung=rung)
+    return SteeringMode(f"rung={rung:g}", adapter.adapter_id, SteeringPolicy(rank=rank, kv=KvPolicy(kind="full")))
 
 
 def parse_mode(text: str, adapter: AdapterInfo | None) -> SteeringMode:
     """``base``, ``full``, ``rung=K`` or ``policy=FILE.toml``; a policy without an adapter steers the KV cache alone.
 
     Raises:
-        InvalidMode: another word, no adapter where one is needed, or a rung that its ladder lacks.
+        InvalidMode: another word, no adapter where one is needed, a rung that its ladder lacks, or a policy for other
+            adapters.
         InvalidPolicy: the policy file cannot be used.
     """
     kind, _, value = text.partition("=")
     if text == "base":
         return BASE
     if kind == "policy" and value:
-        return SteeringMode("policy", adapter.adapter_id if adapter else None, load_policy(Path(value)))
-    if text != "full" and not (kind == "rung" and value.isdecimal()):
+        return _policy_mode(load_policy(Path(value)), adapter)
+    rung = _rung(value) if kind == "rung" else None
+    if text != "full" and rung is None:
         raise InvalidMode(f"mode is {text!r}; use base, full, rung=K or policy=FILE.toml")
     if adapter is None:
         raise InvalidMode(f"mode {text!r} needs an adapter; give --adapter NAME=DIR, or use --mode base")
-    return SteeringMode("full", adapter.adapter_id) if text == "full" else fixed_rung(int(value), adapter)
+    return SteeringMode("full", adapter.adapter_id) if rung is None else fixed_rung(rung, adapter)
+
+
+def _policy_mode(policy: SteeringPolicy, adapter: AdapterInfo | None) -> SteeringMode:
+    if adapter is None:
+        return SteeringMode("policy", None, policy)
+    if policy.adapters and check_sections(policy, [adapter]) == sorted(policy.adapters):
+        raise InvalidMode(
+            f"the policy has sections for {sorted(policy.adapters)}, not for {adapter.adapter_id!r}; name the adapter "
+            "so, with --adapter NAME=DIR"
+        )
+    return SteeringMode("policy", adapter.adapter_id, policy)
+
+
+def _rung(text: str) -> float | None:
+    try:
+        rung = float(text)
+    except ValueError:
+        return None
+    return rank_budget(rung) if 0.0 <= rung < math.inf else None

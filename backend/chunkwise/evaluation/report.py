@@ -15,12 +15,13 @@ from chunkwise.evaluation.task import Grade
 _DECIMALS = 4
 
 
-def record(outcome: Outcome, grade: Grade) -> Record:
+def record(outcome: Outcome, grade: Grade, pool_bytes_peak: int) -> Record:
     """The line of one item.
 
     ``tokens`` and ``rank_sums`` are pairs (prompt, answer): computed positions and the sum of their active ranks;
     ``rank_runs`` are (number of positions, active rank) from the first position on; ``chunks`` are (start, rung, scale,
-    cross-fade window) as executed; ``kv_bytes`` is (mean, peak).
+    cross-fade window) as executed; ``kv_bytes`` is (mean, peak, end) of the item's own pages; ``pool_bytes_peak`` is
+    the most that all pages took in any step of the item's group, prompts included.
     """
     trace, boundary = outcome.trace, outcome.job.boundary
     computed = trace.computed
@@ -32,7 +33,8 @@ def record(outcome: Outcome, grade: Grade) -> Record:
         "rank_sums": [trace.rank_sum(0, boundary), trace.rank_sum(boundary, computed)],
         "rank_runs": [[count, round(rank, _DECIMALS)] for count, rank in trace.rank_runs],
         "chunks": [list(chunk) for chunk in trace.chunks],
-        "kv_bytes": [trace.kv_bytes_mean, trace.kv_bytes_peak],
+        "kv_bytes": [trace.kv_bytes_mean, trace.kv_bytes_peak, trace.kv_bytes_end],
+        "pool_bytes_peak": pool_bytes_peak,
     }
 
 

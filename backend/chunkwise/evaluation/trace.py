@@ -23,7 +23,7 @@ class ExecutedChunk(NamedTuple):
     """A `core.ChunkDecision` that took effect; fields as there."""
 
     start: int
-    rung: int | None
+    rung: float | None
     scale: float
     crossfade: int
 
@@ -34,14 +34,15 @@ class Trace:
 
     ``rank_runs`` are (number of positions, active rank) over all computed positions from 0 on. The active rank of a
     position is what the adapter cost there: modules weighted by their size, see `active_ranks`. ``chunks`` are the
-    decisions that took effect, in order. ``kv_bytes_mean`` and ``kv_bytes_peak`` are of the pages held after the step
-    that completed the prompt and after every later one.
+    decisions that took effect, in order. ``kv_bytes_mean``, ``kv_bytes_peak`` and ``kv_bytes_end`` (the last) are of
+    the pages held after the step that completed the prompt and after every later one.
     """
 
     rank_runs: tuple[tuple[int, float], ...]
     chunks: tuple[ExecutedChunk, ...]
     kv_bytes_mean: float
     kv_bytes_peak: int
+    kv_bytes_end: int
 
     @property
     def computed(self) -> int:
@@ -103,6 +104,7 @@ class Watcher:
             ),
             kv_bytes_mean=sum(held) / len(held),
             kv_bytes_peak=max(held),
+            kv_bytes_end=held[-1],
         )
 
     def forget(self) -> None:
@@ -117,10 +119,15 @@ def active_ranks(adapter: ResidentAdapter) -> tuple[float, ...]:
     compute; on a uniform ladder it is the rung itself.
     """
     sizes = [module.a.shape[1] + module.b_t.shape[1] for module in adapter.modules.values()]
+    return weighted_ranks(sizes, [module.active_ranks for module in adapter.modules.values()])
+
+
+def weighted_ranks(sizes: SequenceOf[int], active_ranks: SequenceOf[SequenceOf[int]]) -> tuple[float, ...]:
+    """Per rung, the mean of the modules' active ranks, weighted by their sizes."""
+    total = sum(sizes)
     return tuple(
-        sum(size * module.active_ranks[rung] for size, module in zip(sizes, adapter.modules.values(), strict=True))
-        / sum(sizes)
-        for rung in range(len(adapter.rungs))
+        sum(size * rank for size, rank in zip(sizes, ranks, strict=True)) / total
+        for ranks in zip(*active_ranks, strict=True)
     )
 
 

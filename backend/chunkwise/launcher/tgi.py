@@ -110,8 +110,8 @@ def shard_command(settings: TgiServeSettings, model_dir: Path) -> list[str]:
     ]
     if settings.dtype is not None:
         command.append(f"--dtype={settings.dtype}")
-    if settings.int8:
-        command.append("--quantize=int8")
+    if settings.quantize is not None:
+        command.append(f"--quantize={settings.quantize}")
     if settings.threads is not None:
         command.append(f"--threads={settings.threads}")
     if settings.prefill_logprobs:

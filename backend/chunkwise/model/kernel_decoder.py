@@ -21,6 +21,7 @@ from chunkwise.model.kernels.team import Team
 from chunkwise.model.kernels.views import (
     BFLOAT16,
     FLOAT32,
+    INT4,
     INT8,
     PAGE_FORMATS,
     TARGETS,
@@ -30,7 +31,7 @@ from chunkwise.model.kernels.views import (
     ModelView,
     StepView,
 )
-from chunkwise.model.linear import Projection
+from chunkwise.model.linear import FOUR_BITS, Projection
 from chunkwise.model.loading import Layer, Weights
 from chunkwise.model.parallel import Group, ShardPlan
 from chunkwise.model.rotary import Rotary
@@ -40,7 +41,7 @@ from chunkwise.model.step import StepInput, StepSpan
 from chunkwise_adapters.gate import LoraSegment
 from chunkwise_adapters.store import ResidentAdapter
 
-_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8}
+_KINDS = {torch.float32: FLOAT32, torch.bfloat16: BFLOAT16, torch.int8: INT8, FOUR_BITS: INT4}
 
 
 def _ints(values: object) -> Ints:
@@ -91,15 +92,16 @@ def _model_view(spec: ModelSpec, plan: ShardPlan, weights: Weights, rotary: Rota
         kv_heads=plan.n_kv_heads,
         head_dim=spec.head_dim,
         intermediate=plan.mlp.stop - plan.mlp.start,
-        vocab=weights.head.data.shape[0],
+        vocab=weights.head.shape[0],
         eps=spec.norm_eps,
-        kind=_KINDS[weights.head.data.dtype],
+        kind=_KINDS[layers[0][0].weight.data.dtype],
+        head_kind=_KINDS[weights.head.data.dtype],
         weights=table("weights"),
         scales=table("scales"),
         biases=table("biases"),
         norms=_ints([[_address(layer.input_norm), _address(layer.mlp_norm)] for layer in weights.layers]),
-        outs=_ints([projection.weight.data.shape[0] for projection in layers[0]]),
-        ins=_ints([projection.weight.data.shape[1] for projection in layers[0]]),
+        outs=_ints([projection.weight.shape[0] for projection in layers[0]]),
+        ins=_ints([projection.weight.shape[1] for projection in layers[0]]),
         first_target=_ints(list(accumulate((len(projection.columns) for projection in layers[0]), initial=0))),
         columns=_ints([[part.start, part.stop] for part in columns]),
         signal=_ints([signals.index(i) if i in signals else -1 for i in range(spec.layers)]),
@@ -139,7 +141,7 @@ class _Buffers:
         floats = -(-scratch_floats(m.heads, m.kv_heads, m.head_dim, size.page) // 16) * 16
         self._others = (
             torch.empty(rows, widest_in),
-            torch.empty(rows, widest_in, dtype=torch.int16) if m.kind == INT8 else torch.empty(0),
+            torch.empty(rows, widest_in, dtype=torch.int16) if max(m.kind, m.head_kind) >= INT8 else torch.empty(0),
             torch.empty(rows),
             torch.empty(rows, int(m.outs.max())),
             torch.empty(3, rows, rank),
@@ -190,7 +192,7 @@ def _encode(spans: Sequence[StepSpan]) -> tuple[Ints, Ints]:
 
 
 class KernelDecoder:
-    """A `Decoder` on CPU in fp32, with fp32, bf16 or int8 matrices, on ``threads`` threads.
+    """A `Decoder` on CPU in fp32, with fp32, bf16, int8 or int4 matrices, on ``threads`` threads.
 
     A row's numbers depend on its own sequence alone: they are the same bits in any batch and however its prompt is cut
     into steps. Over several tensor-parallel ranks that holds per world size.
@@ -202,7 +204,7 @@ class KernelDecoder:
     def __init__(
         self, spec: ModelSpec, plan: ShardPlan, weights: Weights, group: Group, rotary: Rotary, threads: int
     ) -> None:
-        norm, stored = weights.norm, weights.head.data.dtype
+        norm, stored = weights.norm, weights.layers[0].qkv.weight.data.dtype
         if norm.dtype != torch.float32 or norm.device.type != "cpu" or stored not in _KINDS:
             raise UnsupportedModel(
                 f"the CPU kernels compute in float32 on matrices of {', '.join(map(str, _KINDS))}, not in {norm.dtype} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -12,19 +13,36 @@ from chunkwise_adapters.gate import LoraSegment
 from chunkwise_adapters.ops import GatedLora
 
 _INT8_MAX = 127.0
+FOUR_BITS = torch.uint8
+"""The type of a matrix in 4 bits: two numbers to a byte."""
+GROUP = 32
+"""Columns that share a scale in 4 bits."""
+# Shares of a group's largest magnitude that are tried as the range of its 4 bits; cutting the largest number off a
+# little may serve the other 31 better.
+_RANGES = (1.0, 0.93, 0.86, 0.79)
 
 
 @dataclass(frozen=True, slots=True)
 class Matrix:
-    """A base weight ``[out, in]``: ``data`` in the model's type or a smaller one with ``scales`` None, or int8 ``data``
-    with one fp32 scale per row ``[out]``."""
+    """A base weight ``[out, in]``.
+
+    ``data`` is the weight in the model's type or a smaller one, with ``scales`` None; or int8 with one fp32 scale per
+    row ``[out]``; or uint8 ``[out, ⌈in / 2⌉]`` with one per row and `GROUP` columns ``[out, ⌈in / 32⌉]``: byte i holds
+    column 2i in its low and column 2i + 1 in its high bits, each as ``q + 8``, and ``width`` is ``in``.
+    """
 
     data: Tensor
     scales: Tensor | None = None
+    width: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(out, in)``."""
+        return self.data.shape[0], self.data.shape[1] if self.width is None else self.width
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole matrix in ``dtype``."""
-        return self.data.to(dtype) if self.scales is None else (self.data * self.scales[:, None]).to(dtype)
+        return self._widen(self.data, self.scales, dtype)
 
     def times(self, x: Tensor) -> Tensor:
         """``x`` [T, in] times the transposed matrix, ``[T, out]``."""
@@ -32,8 +50,34 @@ class Matrix:
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ``ids`` [T], ``[T, in]``."""
-        rows = F.embedding(ids, self.data)
-        return rows.to(dtype) if self.scales is None else (rows * F.embedding(ids, self.scales[:, None])).to(dtype)
+        return self._widen(self.data[ids], None if self.scales is None else self.scales[ids], dtype)
+
+    def _widen(self, data: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+        if scales is None:
+            return data.to(dtype)
+        if self.width is None:
+            return (data * scales[:, None]).to(dtype)
+        q = torch.stack((data & 15, data >> 4), dim=-1).flatten(1)[:, : self.width].float() - 8.0
+        return (q * scales.repeat_interleave(GROUP, dim=1)[:, : self.width]).to(dtype)
+
+
+def empty_matrix(
+    rows: int, columns: int, storage: torch.dtype, allocate: Callable[[int, int, torch.dtype], Tensor]
+) -> Matrix:
+    """A `Matrix` of that size in ``storage``, not initialised: a floating type, int8 or `FOUR_BITS`. ``allocate`` makes
+    its ``data``."""
+    if storage == FOUR_BITS:
+        data = allocate(rows, -(-columns // 2), storage)
+        return Matrix(data, torch.empty(rows, -(-columns // GROUP), device=data.device), columns)
+    data = allocate(rows, columns, storage)
+    return Matrix(data, torch.empty(rows, device=data.device) if storage == torch.int8 else None)
+
+
+def store_matrix(weight: Tensor, storage: torch.dtype) -> Matrix:
+    """``weight`` [out, in] as it is kept in ``storage``; see `empty_matrix`."""
+    if storage == FOUR_BITS:
+        return quantize_groups(weight)
+    return quantize_rows(weight) if storage == torch.int8 else Matrix(weight.to(storage))
 
 
 def quantize_rows(weight: Tensor) -> Matrix:
@@ -42,6 +86,28 @@ def quantize_rows(weight: Tensor) -> Matrix:
     # A row of zeros has scale 0; dividing by 1 instead keeps it exactly zero.
     safe = torch.where(scales > 0, scales, torch.ones_like(scales))
     return Matrix(torch.round(weight.float() / safe[:, None]).clamp_(-_INT8_MAX, _INT8_MAX).to(torch.int8), scales)
+
+
+def quantize_groups(weight: Tensor) -> Matrix:
+    """``weight`` [out, in] in 4 bits, -8 to 7 times a scale per row and `GROUP` columns.
+
+    The number of largest magnitude in a group lies near -8 scales, whatever its sign: that end reaches further. Of a
+    few ranges the one with the least squared error is taken.
+    """
+    rows, columns = weight.shape
+    groups = F.pad(weight.float(), (0, -columns % GROUP)).view(rows, -1, GROUP)
+    largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
+    best, scales = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
+    q = torch.full_like(groups, 8.0)
+    for share in _RANGES:
+        scale = largest * (share / -8.0)
+        tried = torch.round(groups / torch.where(scale != 0, scale, torch.ones_like(scale))).clamp_(-8.0, 7.0)
+        error = (tried * scale - groups).square_().sum(dim=2, keepdim=True)
+        better = error < best
+        best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
+        q = torch.where(better, tried + 8.0, q)
+    nibbles = q.to(torch.uint8).view(rows, -1)[:, : columns + columns % 2]
+    return Matrix(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scales.squeeze(2), columns)
 
 
 @dataclass(frozen=True, slots=True)

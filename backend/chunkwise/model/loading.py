@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from chunkwise.model.linear import Matrix, Projection, quantize_rows
+from chunkwise.model.linear import FOUR_BITS, Matrix, Projection, empty_matrix, store_matrix
 from chunkwise.model.parallel import ShardPlan
 from chunkwise.model.spec import ModelSpec
 from chunkwise.model.weights import Checkpoint
@@ -78,34 +78,39 @@ class _Loader:
         self._arena = Arena()
         self._lora = lora
 
-    def _read(self, parts: Sequence[_Part], rows: int, columns: int) -> Matrix:
-        """The ``parts`` below each other, ``[rows, columns]``. They are read a few rows at a time into their place: a
-        whole matrix, as it is stored, converted and joined, would be most of the process's peak memory."""
-        checkpoint, storage = self._checkpoint, self._storage
-        if checkpoint.device.type == "cpu":
-            data = self._arena.empty(rows, columns, storage)
-        else:
-            data = torch.empty(rows, columns, dtype=storage, device=checkpoint.device)
-        scales = torch.empty(rows, device=checkpoint.device) if storage == torch.int8 else None
+    def _read(self, parts: Sequence[_Part], rows: int, columns: int, storage: torch.dtype) -> Matrix:
+        """The ``parts`` below each other, ``[rows, columns]`` in ``storage``. They are read a few rows at a time into
+        their place: a whole matrix, as it is stored, converted and joined, would be most of the process's peak
+        memory."""
+        checkpoint = self._checkpoint
+        matrix = empty_matrix(rows, columns, storage, self._allocate)
         at = 0
         for name, shape, part_rows, part_columns in parts:
             for start in range(part_rows.start, part_rows.stop, _ROWS):
                 piece = slice(start, min(start + _ROWS, part_rows.stop))
                 weight = checkpoint.read(name, shape, piece, part_columns)
                 place = slice(at, at + weight.shape[0])
-                kept = quantize_rows(weight) if storage == torch.int8 else Matrix(weight)
-                data[place] = kept.data
-                if scales is not None and kept.scales is not None:
-                    scales[place] = kept.scales
+                kept = store_matrix(weight, storage)
+                matrix.data[place] = kept.data
+                if matrix.scales is not None and kept.scales is not None:
+                    matrix.scales[place] = kept.scales
                 at = place.stop
             checkpoint.unmap()
-        return Matrix(data, scales)
+        return matrix
+
+    def _allocate(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        device = self._checkpoint.device
+        if device.type == "cpu":
+            return self._arena.empty(rows, columns, dtype)
+        return torch.empty(rows, columns, dtype=dtype, device=device)
 
     def table(self, name: str) -> Matrix:
-        """This rank's rows of the embedding or the head."""
+        """This rank's rows of the embedding or the head. Where layers are kept in 4 bits these are in 8: their errors
+        would enter every answer directly."""
         hidden, vocab = self._spec.hidden, self._plan.vocab
         part = _Part(name, (self._spec.vocab, hidden), vocab, None)
-        return self._read([part], vocab.stop - vocab.start, hidden)
+        storage = torch.int8 if self._storage == FOUR_BITS else self._storage
+        return self._read([part], vocab.stop - vocab.start, hidden, storage)
 
     def _projection(self, layer: int, block: str, targets: tuple[str, ...], *, bias: bool, row: bool) -> Projection:
         parts, biases, columns, start, width = [], [], [], 0, 0
@@ -122,7 +127,7 @@ class _Loader:
         use_bias = bool(biases) and (not row or self._rank == 0)
         return Projection(
             layer,
-            self._read(parts, start, width),
+            self._read(parts, start, width, self._storage),
             torch.cat(biases) if use_bias else None,
             tuple(columns),
             self._lora,

@@ -99,6 +99,8 @@ class ShardState(google.protobuf.message.Message):
     KV_BYTES_BUDGET_FIELD_NUMBER: builtins.int
     RESIDENT_BYTES_FIELD_NUMBER: builtins.int
     REUSED_TOKENS_FIELD_NUMBER: builtins.int
+    KV_REWRITTEN_PAGES_FIELD_NUMBER: builtins.int
+    KV_DROPPED_TOKENS_FIELD_NUMBER: builtins.int
     sequences: builtins.int
     """sequences is the number of live requests."""
     steered_requests: builtins.int
@@ -109,6 +111,12 @@ class ShardState(google.protobuf.message.Message):
     """resident_bytes is the resident set size of the shard process, in bytes."""
     reused_tokens: builtins.int
     """reused_tokens counts, since the start, prompt tokens found in the prefix cache instead of being computed."""
+    kv_rewritten_pages: builtins.int
+    """kv_rewritten_pages counts, since the start, pages that KV decisions turned into smaller ones, into fewer, or into
+    none.
+    """
+    kv_dropped_tokens: builtins.int
+    """kv_dropped_tokens counts, since the start, token positions of requests whose keys and values KV decisions gave up."""
     @property
     def kv_pages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___KvPages]:
         """kv_pages lists the pages of each format that are in use."""
@@ -122,8 +130,10 @@ class ShardState(google.protobuf.message.Message):
         kv_bytes_budget: builtins.int = ...,
         resident_bytes: builtins.int = ...,
         reused_tokens: builtins.int = ...,
+        kv_rewritten_pages: builtins.int = ...,
+        kv_dropped_tokens: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kv_bytes_budget", b"kv_bytes_budget", "kv_pages", b"kv_pages", "resident_bytes", b"resident_bytes", "reused_tokens", b"reused_tokens", "sequences", b"sequences", "steered_requests", b"steered_requests"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kv_bytes_budget", b"kv_bytes_budget", "kv_dropped_tokens", b"kv_dropped_tokens", "kv_pages", b"kv_pages", "kv_rewritten_pages", b"kv_rewritten_pages", "resident_bytes", b"resident_bytes", "reused_tokens", b"reused_tokens", "sequences", b"sequences", "steered_requests", b"steered_requests"]) -> None: ...
 
 Global___ShardState: typing_extensions.TypeAlias = ShardState
 
@@ -138,7 +148,7 @@ class KvPages(google.protobuf.message.Message):
     BYTES_FIELD_NUMBER: builtins.int
     IDLE_FIELD_NUMBER: builtins.int
     format: builtins.str
-    """format is the name of the format: "full" or "int8"."""
+    """format is the name of the format: "full", "int8" or "int4"."""
     used: builtins.int
     """used is the number of pages in use."""
     bytes: builtins.int
@@ -240,19 +250,15 @@ class AdapterInfo(google.protobuf.message.Message):
     ADAPTER_ID_FIELD_NUMBER: builtins.int
     CONTENT_HASH_FIELD_NUMBER: builtins.int
     TRAINED_RANK_FIELD_NUMBER: builtins.int
-    RUNGS_FIELD_NUMBER: builtins.int
     KEPT_ENERGY_FIELD_NUMBER: builtins.int
     MEAN_ACTIVE_RANK_FIELD_NUMBER: builtins.int
+    RUNGS_FIELD_NUMBER: builtins.int
     adapter_id: builtins.str
     """adapter_id is the name by which requests ask for the adapter."""
     content_hash: builtins.str
     """content_hash identifies the adapter's weights and configuration (SHA-256, hex)."""
     trained_rank: builtins.int
     """trained_rank is the largest rank the adapter was trained with."""
-    @property
-    def rungs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
-        """rungs are the ladder's rank budgets per module, ascending; the last is the full adapter. 0 means "skip the adapter"."""
-
     @property
     def kept_energy(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """kept_energy is, per rung, the share of the adapter's squared singular values kept at that rung, in [0, 1]."""
@@ -261,15 +267,21 @@ class AdapterInfo(google.protobuf.message.Message):
     def mean_active_rank(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
         """mean_active_rank is, per rung, the rank averaged over the adapter's modules."""
 
+    @property
+    def rungs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """rungs are the ladder's rank budgets per module, ascending; the last is the full adapter. 0 means "skip the adapter";
+        a fraction is a budget for all modules together: 0.25 gives a rank to every fourth.
+        """
+
     def __init__(
         self,
         *,
         adapter_id: builtins.str = ...,
         content_hash: builtins.str = ...,
         trained_rank: builtins.int = ...,
-        rungs: collections.abc.Iterable[builtins.int] | None = ...,
         kept_energy: collections.abc.Iterable[builtins.float] | None = ...,
         mean_active_rank: collections.abc.Iterable[builtins.float] | None = ...,
+        rungs: collections.abc.Iterable[builtins.float] | None = ...,
     ) -> None: ...
     def ClearField(self, field_name: typing.Literal["adapter_id", b"adapter_id", "content_hash", b"content_hash", "kept_energy", b"kept_energy", "mean_active_rank", b"mean_active_rank", "rungs", b"rungs", "trained_rank", b"trained_rank"]) -> None: ...
 

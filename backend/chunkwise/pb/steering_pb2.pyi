@@ -116,29 +116,29 @@ class ChunkDecision(google.protobuf.message.Message):
 
     REQUEST_ID_FIELD_NUMBER: builtins.int
     START_FIELD_NUMBER: builtins.int
-    RUNG_FIELD_NUMBER: builtins.int
     SCALE_FIELD_NUMBER: builtins.int
     CROSSFADE_FIELD_NUMBER: builtins.int
+    RUNG_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """request_id is the id that the request has, or will have, in generate.v3."""
     start: builtins.int
     """start is the first token position of the chunk, counted from 0 at the first prompt token. A decision for a position
     that has been computed already ends the request with an error.
     """
-    rung: builtins.int
-    """rung is the rank budget per module, one of AdapterInfo.rungs. Unset: full rank. 0: skip the adapter."""
     scale: builtins.float
     """scale multiplies the adapter's output in this chunk. Unset: 1."""
     crossfade: builtins.int
     """crossfade is the number of tokens over which the previous chunk's gate is blended into this one's. 0: none."""
+    rung: builtins.float
+    """rung is the rank budget per module, one of AdapterInfo.rungs, exactly. Unset: full rank. 0: skip the adapter."""
     def __init__(
         self,
         *,
         request_id: builtins.int = ...,
         start: builtins.int = ...,
-        rung: builtins.int | None = ...,
         scale: builtins.float | None = ...,
         crossfade: builtins.int = ...,
+        rung: builtins.float | None = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_rung", b"_rung", "_scale", b"_scale", "rung", b"rung", "scale", b"scale"]) -> builtins.bool: ...
     def ClearField(self, field_name: typing.Literal["_rung", b"_rung", "_scale", b"_scale", "crossfade", b"crossfade", "request_id", b"request_id", "rung", b"rung", "scale", b"scale", "start", b"start"]) -> None: ...

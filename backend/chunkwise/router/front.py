@@ -24,13 +24,12 @@ from chunkwise.pb.generate_pb2_grpc import (
     TextGenerationServiceServicer,
     add_TextGenerationServiceServicer_to_server,
 )
-from chunkwise.router.helm import Helm
+from chunkwise.router.helm import Helm, make_controller
 from chunkwise.router.metrics import Metrics
 from chunkwise.router.relay import Relay
 from chunkwise.router.shard_group import ShardLost, Shards
 from chunkwise.router.shards import GrpcShards
 from chunkwise.router.watch import watch
-from chunkwise.steering import SteeringController
 from chunkwise.tokenizer import Tokenizer
 
 _P = ParamSpec("_P")
@@ -187,7 +186,7 @@ async def prepare(settings: FrontSettings, shards: Shards) -> Front:
     tokenizer = Tokenizer(settings.model_dir)
     info = await shards.info()
     adapters = {adapter.adapter_id: adapter for adapter in info.adapters}
-    controller = SteeringController(settings.policy, info.page_size) if settings.policy is not None else None
+    controller = make_controller(settings.policy, info)
     helm = Helm(shards, controller, adapters, Metrics(info.max_position_embeddings))
     base_names = {settings.model_id, Path(settings.model_id).name}
     relay = Relay(shards, helm, tokenizer, base_names=base_names, adapter_names=adapters)

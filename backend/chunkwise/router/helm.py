@@ -6,13 +6,15 @@ It keeps the lag of exactly one step, and makes plain full-rank serving (no cont
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
-from chunkwise.core import AdapterInfo, GenerationRequest, KvFormat, SteeringUpdate, StepResult
+from chunkwise.config.policy import SteeringPolicy
+from chunkwise.core import AdapterInfo, GenerationRequest, KvFormat, ShardInfo, SteeringUpdate, StepResult
 from chunkwise.router.metrics import Metrics
 from chunkwise.router.shard_group import Shards
-from chunkwise.steering import ChunkReport, SteeringController, SteeringReport
+from chunkwise.steering import ChunkReport, SteeringController, SteeringReport, check_sections
 
 StepCall = Callable[[int, int], Coroutine[Any, Any, StepResult]]
 """The RPC of a step, given the number of its barrier and the number of the step."""
@@ -21,6 +23,8 @@ StepCall = Callable[[int, int], Coroutine[Any, Any, StepResult]]
 # that of the task which grpc.aio makes for the call.
 _LAUNCH_TURNS = 2
 
+_log = logging.getLogger(__name__)
+
 
 def plain_report(adapter: AdapterInfo | None, length: int) -> SteeringReport:
     """The report of ``length`` tokens that were not steered: one chunk at the trained rank (0: no adapter)."""
@@ -28,6 +32,19 @@ def plain_report(adapter: AdapterInfo | None, length: int) -> SteeringReport:
     rung = adapter.rungs[-1] if adapter is not None and adapter.rungs else None
     chunk = ChunkReport(0, length, rung, rank, scale=1.0, crossfade=0, complexity=0.0, kv=KvFormat.FULL)
     return SteeringReport((chunk,), rank)
+
+
+def make_controller(policy: SteeringPolicy | None, shards: ShardInfo) -> SteeringController | None:
+    """The controller of a router over such shards; None without a policy.
+
+    Raises:
+        InvalidPolicy: the policy's section for one of their adapters was made for other weights or another ladder.
+    """
+    if policy is None:
+        return None
+    for name in check_sections(policy, shards.adapters):
+        _log.warning("the policy has a section for adapter %r, which is not served under this name", name)
+    return SteeringController(policy, shards.page_size)
 
 
 class Helm:

@@ -17,7 +17,7 @@ from chunkwise.config.settings import RouterSettings
 from chunkwise.router.api.app import build_app
 from chunkwise.router.api.serving import Serving
 from chunkwise.router.api.validation import Validator
-from chunkwise.router.helm import Helm
+from chunkwise.router.helm import Helm, make_controller
 from chunkwise.router.loop import Loop
 from chunkwise.router.metrics import Metrics
 from chunkwise.router.permits import Permits
@@ -25,7 +25,6 @@ from chunkwise.router.shard_group import Shards
 from chunkwise.router.shards import GrpcShards
 from chunkwise.router.warmup import capacity_of, fit_limits, usable_limits
 from chunkwise.router.watch import watch
-from chunkwise.steering import SteeringController
 from chunkwise.tokenizer import Tokenizer
 
 _WATCH_S = 5.0
@@ -75,7 +74,7 @@ async def prepare(settings: RouterSettings, shards: Shards) -> Serving:
     adapters = {adapter.adapter_id: adapter for adapter in info.adapters}
     metrics = Metrics(agreed.max_total_tokens)
     metrics.batch_total_tokens.set(agreed.max_supported_total_tokens)
-    controller = SteeringController(settings.policy, info.page_size) if settings.policy is not None else None
+    controller = make_controller(settings.policy, info)
     loop = Loop(
         shards,
         Helm(shards, controller, adapters, metrics),

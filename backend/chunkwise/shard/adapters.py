@@ -1,10 +1,11 @@
-"""The adapters of one rank at start: read, checked, ordered by the saved ladder or a plain one, made resident."""
+"""The adapters of one rank: read, checked, ordered by the saved ladder or a plain one, made resident."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from chunkwise.config.settings import AdapterSource
@@ -16,31 +17,36 @@ from chunkwise.model.parallel import Group
 from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.format import load_adapter
 from chunkwise_adapters.ladder import RankLadder, build_ladder
-from chunkwise_adapters.ladder_file import find_ladder, ladder_digest, load_ladder
+from chunkwise_adapters.ladder_file import find_ladder, ladder_digest, load_ladder, ranks_digest
 from chunkwise_adapters.store import AdapterStore
 
 logger = logging.getLogger(__name__)
 
 
-def load_adapters(sources: Sequence[AdapterSource], model: Llama, model_dir: Path) -> AdapterStore:
+def load_adapters(
+    sources: Sequence[AdapterSource], model: Llama, model_dir: Path, slots: int | None = None
+) -> AdapterStore:
     """The adapters of a model read from ``model_dir``, each with the ladder saved in its directory; where there is
-    none, with the plain one, its ranks uniform.
+    none, with the plain one and global allocation, which no other ladder beat at any rank on real adapters. With
+    ``slots`` all are checked, and the first so many kept in memory; the others are read again when a request asks for
+    them.
 
     Raises:
         UnsupportedModel: an adapter or its ladder cannot be served, or the ranks found different ladders.
     """
-    store = AdapterStore(target_slices(model.spec, model.plan), model.dtype, model.device)
-    for source in sources:
+    store = AdapterStore(target_slices(model.spec, model.plan), model.dtype, model.device, slots)
+    # The last that is asked for stays, so that the first sources are those that are in memory at start.
+    for source in reversed(sources):
         start = time.perf_counter()
         directory = locate(source.source, source.revision)
+        read = partial(_read, directory, source.name, model, model_dir)
         try:
-            weights = load_adapter(directory, source.name, model.spec.target_shapes())
-            file = find_ladder(directory, source.name)
-            ladder = build_ladder(weights) if file is None else load_ladder(file, weights, base_hash(model_dir))
+            ladder = read()
         except AdapterError as error:
             raise UnsupportedModel(f"adapter {source.name!r} cannot be served: {error}") from error
+        file = find_ladder(directory, source.name)
         _check_same(ladder, file, model.group)
-        adapter = store.add(ladder)
+        adapter = store.add(ladder, read)
         logger.info(
             "adapter %s: %s ladder%s, %s ranks, rungs %s, %d bytes, %.1f s",
             source.name,
@@ -54,12 +60,21 @@ def load_adapters(sources: Sequence[AdapterSource], model: Llama, model_dir: Pat
     return store
 
 
+def _read(directory: Path, name: str, model: Llama, model_dir: Path) -> RankLadder:
+    weights = load_adapter(directory, name, model.spec.target_shapes())
+    file = find_ladder(directory, name)
+    if file is None:
+        return build_ladder(weights, allocation="global")
+    return load_ladder(file, weights, base_hash(model_dir))
+
+
 def _check_same(ladder: RankLadder, file: Path | None, group: Group) -> None:
     """All ranks must have read the same ladder, or none: each computes a part of what its factors give, and parts of
-    different factors do not add up to an output."""
+    different factors do not add up to an output. Of ladders that each has computed itself only the ranks are compared:
+    the last digits of their factors may differ between machines."""
     if group.world_size == 1:
         return
-    digest = 0 if file is None else int(ladder_digest(ladder)[:15], 16)
+    digest = int((ranks_digest(ladder) if file is None else ladder_digest(ladder))[:15], 16)
     if group.minimum(digest) != -group.minimum(-digest):
         raise UnsupportedModel(
             f"adapter {ladder.name!r}: the shards found different ladders, rank {group.rank} {file or 'none'}; "

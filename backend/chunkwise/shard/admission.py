@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from chunkwise.core import GenerationRequest, InvalidRequest, UnknownAdapter, WarmupLimits
@@ -11,19 +12,21 @@ from chunkwise.shard.sampler import ForcedChooser, TokenChooser
 from chunkwise.shard.sequence import Sequence
 from chunkwise.shard.watermark import Watermark
 from chunkwise.tokenizer import Tokenizer
-from chunkwise_adapters.errors import AdapterNotFound
+from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.store import AdapterStore, ResidentAdapter
 
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """What a request is checked against. ``vocab`` is the number of token ids the model knows."""
+    """What a request is checked against. ``vocab`` is the number of token ids the model knows;
+    ``agree`` tells whether all tensor-parallel ranks say yes, and is called on all of them or on none."""
 
     tokenizer: Tokenizer
     adapters: AdapterStore
     vocab: int
     grammars: GrammarCompiler
     watermark: Watermark
+    agree: Callable[[bool], bool] = bool
 
     def admit(self, request: GenerationRequest, limits: WarmupLimits) -> Sequence:
         """A sequence ready for its first step; one that was pre-empted is where it was, but for its keys and values.
@@ -31,7 +34,8 @@ class Admission:
         Raises:
             InvalidRequest: an empty or too long prompt, ids beyond the vocabulary, no token to generate, or a grammar
                 that cannot be used; forced tokens that are not one per new token; or no token left to resume.
-            UnknownAdapter: the adapter is not resident. The base model never answers in its place.
+            UnknownAdapter: there is no such adapter. The base model never answers in its place.
+            AdapterError: the adapter was evicted and cannot be read again, here or on another rank.
         """
         ids = self._prompt(request)
         _check_length(request, len(ids), limits)
@@ -85,10 +89,17 @@ class Admission:
     def _adapter(self, adapter_id: str | None) -> ResidentAdapter | None:
         if adapter_id is None:
             return None
+        if adapter_id not in self.adapters.names():
+            raise UnknownAdapter(f"adapter {adapter_id!r} is not served; served are {list(self.adapters.names())}")
         try:
-            return self.adapters.get(adapter_id)
-        except AdapterNotFound as error:
-            raise UnknownAdapter(str(error)) from error
+            adapter = self.adapters.get(adapter_id)
+        except AdapterError:
+            self.agree(False)
+            raise
+        # A rank that computed without the others' part would wait for them for ever.
+        if not self.agree(True):
+            raise AdapterError(f"adapter {adapter_id!r} could not be read by another shard; see its log")
+        return adapter
 
 
 def _check_forced(request: GenerationRequest, vocab: int) -> None:

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from chunkwise.core import (
     AdapterInfo,
     CachedBatch,
@@ -79,7 +81,8 @@ class Engine:
         self._adapters = adapters
         self._decisions = decisions
         self._settings = settings
-        self._admission = Admission(tokenizer, adapters, model.spec.vocab, grammars, settings.watermark)
+        agree = self._agree if adapters.evicts else bool
+        self._admission = Admission(tokenizer, adapters, model.spec.vocab, grammars, settings.watermark, agree)
         self._eos_id = min(tokenizer.eos_ids, default=0)
         self._batches: dict[int, list[Sequence]] = {}
         self._live = 0
@@ -93,7 +96,7 @@ class Engine:
         return self._model.group
 
     def info(self) -> ShardInfo:
-        """What a router must know before Warmup; the type is that of the weights, unless they are in 8 bits."""
+        """What a router must know before Warmup; the type is that of the weights, unless they are in 8 or 4 bits."""
         stored = self._model.storage
         return ShardInfo(
             dtype=str(stored if stored.is_floating_point else self._model.dtype).removeprefix("torch."),
@@ -117,6 +120,8 @@ class Engine:
             kv_bytes_budget=cache.allocator.budget_bytes if cache else 0,
             resident_bytes=resident_bytes(),
             reused_tokens=cache.prefix.reused_pages * PAGE_SIZE if cache else 0,
+            kv_rewritten_pages=cache.rewritten_pages if cache else 0,
+            kv_dropped_tokens=cache.dropped_tokens if cache else 0,
         )
 
     def warmup(
@@ -219,6 +224,10 @@ class Engine:
         back: what a step did, gates and pages included, can be read off them. It must not change them."""
         self._observe = observe
 
+    def watch_scored(self, observe: Callable[[Tensor], None] | None) -> None:
+        """Calls ``observe`` as `Llama.watch_scored` says: the distributions behind the logprobs of prompts."""
+        self._model.watch_scored(observe)
+
     def check_integrity(self) -> None:
         """Checks that live sequences hold exactly the pages in use. Raises AssertionError otherwise."""
         if self._runner:
@@ -294,6 +303,9 @@ class Engine:
                 self._release([sequence])
             if errors:
                 raise GenerationFailed(f"warm-up failed: {errors[0].message}")
+
+    def _agree(self, fine: bool) -> bool:
+        return self._model.group.minimum(int(fine)) == 1
 
     def _describe(self, batch_id: int, sequences: SequenceOf[Sequence]) -> CachedBatch:
         return CachedBatch(

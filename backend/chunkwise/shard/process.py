@@ -14,6 +14,7 @@ import torch
 from chunkwise.config.settings import ShardSettings
 from chunkwise.core import UnsupportedModel
 from chunkwise.hub import hub_commit, locate
+from chunkwise.model.linear import FOUR_BITS
 from chunkwise.model.llama import Llama
 from chunkwise.model.parallel import DistributedGroup, Group, SingleProcess
 from chunkwise.model.spec import load_spec
@@ -32,6 +33,7 @@ _UNIX = "unix://"
 # Longer than any step of a healthy group, short enough that a lost rank does not hang the service for long.
 _COLLECTIVE_TIMEOUT_SECONDS = 120
 _GRACE_SECONDS = 10
+_QUANTIZED = {"int8": torch.int8, "int4": FOUR_BITS}
 
 
 def _device(rank: int) -> torch.device:
@@ -41,8 +43,8 @@ def _device(rank: int) -> torch.device:
 def _types(settings: ShardSettings, device: torch.device, checkpoint: str) -> tuple[torch.dtype, torch.dtype]:
     """What to compute in, and what to keep the base matrices in.
 
-    A CPU's kernels compute in fp32 and read matrices of fp32, bf16 or int8: bf16 is taken where the checkpoint is, for
-    it widens exactly and is half the reading. Without kernels, in fp16, and on a GPU, both are the same.
+    A CPU's kernels compute in fp32 and read matrices of fp32, bf16, int8 or int4: bf16 is taken where the checkpoint
+    is, for it widens exactly and is half the reading. Without kernels, in fp16, and on a GPU, both are the same.
     """
     name = settings.dtype or checkpoint
     dtype = getattr(torch, name, None)
@@ -50,8 +52,8 @@ def _types(settings: ShardSettings, device: torch.device, checkpoint: str) -> tu
         raise UnsupportedModel(f"the checkpoint's dtype {name!r} is unknown; set --dtype")
     if device.type != "cpu":
         return dtype, dtype
-    if settings.int8:
-        return torch.float32, torch.int8
+    if settings.quantize is not None:
+        return torch.float32, _QUANTIZED[settings.quantize]
     if settings.dtype == "float16":
         return dtype, dtype
     return torch.float32, dtype if dtype == torch.bfloat16 else torch.float32
@@ -65,22 +67,21 @@ def _group(settings: ShardSettings, device: torch.device) -> Group:
     return DistributedGroup(place.rank, place.world_size, address, device, _COLLECTIVE_TIMEOUT_SECONDS)
 
 
-def load_engine(settings: ShardSettings, group: Group, device: torch.device, decisions: DecisionTable) -> Engine:
-    """The engine of one rank. Call it from the thread that will run the engine.
+def load_model(settings: ShardSettings, model_dir: Path, group: Group, device: torch.device) -> Llama:
+    """The model of one rank, in the types and with the threads that ``settings`` name. Call it from the thread that
+    will run it.
 
     Raises:
-        UnsupportedModel: a checkpoint, an adapter or a parallel layout that cannot be served.
+        UnsupportedModel: a checkpoint or a parallel layout that cannot be served.
     """
     threads = settings.threads or max((os.cpu_count() or 1) // settings.parallel.world_size, 1)
-    model_dir = locate(settings.model_id, settings.revision)
-    tokenizer = Tokenizer(model_dir)
     dtype, storage = _types(settings, device, load_spec(model_dir).dtype)
     if device.type == "cuda":
         # Triton launches on the current device, wherever the tensors are.
         torch.cuda.set_device(device)
     kernels = device.type == "cpu" and dtype == torch.float32
-    if settings.int8 and not kernels:
-        raise UnsupportedModel(f"--quantize int8 is for CPUs; this shard runs on {device}, leave it out")
+    if settings.quantize is not None and not kernels:
+        raise UnsupportedModel(f"--quantize {settings.quantize} is for CPUs; this shard runs on {device}, leave it out")
     # Beside the kernels torch does little, and idle threads of its own would spin on the kernels' cores.
     torch.set_num_threads(1 if kernels else threads)
     model = Llama(
@@ -102,6 +103,18 @@ def load_engine(settings: ShardSettings, group: Group, device: torch.device, dec
         device,
         threads,
     )
+    return model
+
+
+def load_engine(settings: ShardSettings, group: Group, device: torch.device, decisions: DecisionTable) -> Engine:
+    """The engine of one rank. Call it from the thread that will run the engine.
+
+    Raises:
+        UnsupportedModel: a checkpoint, an adapter or a parallel layout that cannot be served.
+    """
+    model_dir = locate(settings.model_id, settings.revision)
+    tokenizer = Tokenizer(model_dir)
+    model = load_model(settings, model_dir, group, device)
     engine_settings = EngineSettings(
         max_batch_total_tokens=settings.max_batch_total_tokens,
         prefix_caching=settings.prefix_caching,
@@ -110,7 +123,7 @@ def load_engine(settings: ShardSettings, group: Group, device: torch.device, dec
         watermark=Watermark(settings.watermark.gamma, settings.watermark.delta),
     )
     grammars = GrammarCompiler(model_dir, tokenizer.eos_ids)
-    adapters = load_adapters(settings.adapters, model, model_dir)
+    adapters = load_adapters(settings.adapters, model, model_dir, settings.adapter_slots)
     return Engine(model, tokenizer, adapters, decisions, grammars, engine_settings)
 
 

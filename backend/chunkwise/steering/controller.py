@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from chunkwise.config.policy import SteeringPolicy
 from chunkwise.core import AdapterInfo, ChunkDecision, KvDecision, SteeringUpdate, StepSignals
+from chunkwise.steering.plans import RankPlan, make_plan
 from chunkwise.steering.ranks import RankSelector
 from chunkwise.steering.report import SteeringReport
 from chunkwise.steering.sequence import SteeredSequence
@@ -24,6 +25,7 @@ class SteeringController:
 
     def __init__(self, policy: SteeringPolicy, page_size: int = 1) -> None:
         self._policy = policy
+        self._plans: dict[AdapterInfo, RankPlan | RankSelector] = {}
         self._page_size = page_size
         self._sequences: dict[int, SteeredSequence] = {}
         self._paused: set[int] = set()
@@ -43,13 +45,14 @@ class SteeringController:
 
         Raises:
             ValueError: the id is live already, the prompt is empty, or the adapter's rungs are malformed.
+            InvalidPolicy: the policy's section for the adapter was made for other weights.
         """
         if request_id in self._sequences:
             raise ValueError(f"request {request_id} is already steered; ids are used once")
-        selector = RankSelector(self._policy.rank, adapter) if adapter is not None else None
+        ranks = self._ranks(adapter) if adapter is not None else None
         short = any(sequence.compressed for sequence in self._sequences.values())
         sequence = SteeredSequence(
-            request_id, prompt_ids, self._policy, selector, page_size=self._page_size, compressed=short
+            request_id, prompt_ids, self._policy, ranks, page_size=self._page_size, compressed=short
         )
         self._sequences[request_id] = sequence
         self._chunks.extend(sequence.decisions())
@@ -128,6 +131,12 @@ class SteeringController:
         update = SteeringUpdate(self._seq, tuple(self._chunks), tuple(self._kv), tuple(self._released))
         self._chunks, self._kv, self._released = [], [], []
         return update
+
+    def _ranks(self, adapter: AdapterInfo) -> RankPlan | RankSelector:
+        ranks = self._plans.get(adapter)
+        if ranks is None:
+            ranks = self._plans[adapter] = make_plan(self._policy, adapter) or RankSelector(self._policy.rank, adapter)
+        return ranks
 
     def _forget(self, request_id: int) -> None:
         """Drops unsent decisions of a request and has the next update release it."""

@@ -15,7 +15,7 @@ class ChunkReport:
 
     start: int
     end: int
-    rung: int | None
+    rung: float | None
     rank: float
     scale: float
     crossfade: int

@@ -6,6 +6,7 @@ It knows nothing of other requests, of updates or of their numbering; `controlle
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from chunkwise.steering.chunker import Chunker
 from chunkwise.steering.estimator import ComplexityEstimator, Observation
 from chunkwise.steering.kv_policy import KvChoice
 from chunkwise.steering.kv_schedule import KvSchedule
+from chunkwise.steering.plans import PlannedChunk, RankPlan
 from chunkwise.steering.ranks import RankChoice, RankSelector
 from chunkwise.steering.report import ChunkReport, SteeringReport
 from chunkwise.steering.signals import NgramNovelty, positional_prior
@@ -40,11 +42,16 @@ class _SteeredChunk:
 class SteeredSequence:
     """One request from admission to release.
 
-    The prompt is planned whole at construction, from novelty and positional prior; its last chunk stays open and runs
-    on into the answer. Each prompt chunk takes its rank from the mean complexity of its own tokens; a chunk opened in
-    decode cannot know its tokens yet and takes it from `Chunker.recent`, the exponential mean over the last few tokens.
-    With ``compressed`` its KV policy applies from the start, even if that waits for pressure. The KV cache stores pages
-    of ``page_size`` tokens.
+    The prompt is cut whole at construction, by novelty and positional prior; its last chunk stays open and runs on into
+    the answer, which is cut by the model's signals as well. Under a `RankPlan` these cuts are for the KV cache alone:
+    there are further ones where the plan changes the rank, and no rank follows from a signal. A `RankSelector` gives
+    each prompt chunk a rank by the mean complexity of its own tokens; a chunk opened in decode cannot know its tokens
+    yet and takes it from `Chunker.recent`, the exponential mean over the last few tokens.
+
+    Args:
+        ranks: how ranks are chosen; None without an adapter.
+        page_size: tokens in a page of the KV cache.
+        compressed: whether the KV policy applies from the start, even if it waits for pressure.
 
     Raises:
         ValueError: ``prompt_ids`` is empty.
@@ -55,7 +62,7 @@ class SteeredSequence:
         request_id: int,
         prompt_ids: Sequence[int],
         policy: SteeringPolicy,
-        selector: RankSelector | None,
+        ranks: RankPlan | RankSelector | None,
         *,
         page_size: int = 1,
         compressed: bool = False,
@@ -65,7 +72,8 @@ class SteeredSequence:
         self._request_id = request_id
         self._prompt_length = len(prompt_ids)
         self._policy = policy
-        self._selector = selector
+        self._ranks = ranks
+        self._planned: list[PlannedChunk] = []
         self._novelty = NgramNovelty(policy.estimator.ngram)
         self._estimator = ComplexityEstimator(policy.estimator)
         self._chunker = Chunker(policy.chunker)
@@ -94,8 +102,12 @@ class SteeredSequence:
         self._kv.compress(self._prompt_length + max(self._generated - 1, 0))
 
     def decisions(self) -> list[ChunkDecision]:
-        """The decisions of all chunks so far, in order; none without an adapter."""
-        return [self._decision(chunk) for chunk in self._chunks] if self._selector is not None else []
+        """The decisions of the chunks so far, in order; under a plan, of those at which it changes the rank. None
+        without an adapter."""
+        if self._ranks is None:
+            return []
+        changes = {chunk.start for chunk in self._planned}
+        return [self._decision(chunk) for chunk in self._chunks if not changes or chunk.start in changes]
 
     def resume(self) -> list[KvDecision]:
         """The request was pre-empted and is computed anew, from the beginning to its newest token. Returns the KV
@@ -154,7 +166,7 @@ class SteeredSequence:
         if start is None:
             return None
         chunk = self._open(start, self._chunker.recent)
-        return self._decision(chunk) if self._selector is not None else None
+        return self._decision(chunk) if isinstance(self._ranks, RankSelector) else None
 
     def due_kv(self, ahead: bool = False) -> list[KvDecision]:
         """KV decisions to be sent before the next step: those of the prompt on the first call, then those that take
@@ -189,6 +201,10 @@ class SteeredSequence:
             if start is not None:
                 starts.append(start)
         self._last_of_prompt = novelty
+        if self._ranks is not None and not isinstance(self._ranks, RankSelector):
+            self._planned = self._ranks.chunks(prompt_ids)
+            starts = sorted({*starts, *(chunk.start for chunk in self._planned)})
+            self._chunker.start = starts[-1]
         for start, end in pairwise([*starts, self._prompt_length]):
             self._open(start, self._chunker.mean(start, end))
         # The first boundary that decode can set lies one position behind the prompt's end, too late for a full chunk.
@@ -207,13 +223,20 @@ class SteeredSequence:
             self._closed += 1
 
     def _open(self, start: int, level: float) -> _SteeredChunk:
-        choice = self._selector.select(level) if self._selector is not None else _NO_ADAPTER
+        choice = self._choose(start, level)
         changed = bool(self._chunks) and choice != self._chunks[-1].choice
         # A window longer than the shortest chunk could not finish within it.
         window = min(self._policy.rank.crossfade, self._policy.chunker.min_length)
         chunk = _SteeredChunk(start, level, choice, window if changed else 0)
         self._chunks.append(chunk)
         return chunk
+
+    def _choose(self, start: int, level: float) -> RankChoice:
+        if self._ranks is None:
+            return _NO_ADAPTER
+        if isinstance(self._ranks, RankSelector):
+            return self._ranks.select(level)
+        return self._planned[bisect_right(self._planned, start, key=lambda chunk: chunk.start) - 1].choice
 
     def _decision(self, chunk: _SteeredChunk) -> ChunkDecision:
         return ChunkDecision(self._request_id, chunk.start, chunk.choice.rung, chunk.choice.scale, chunk.crossfade)

@@ -20,6 +20,7 @@ from chunkwise.model.kernels.tiles import (
     atomic_add,
     atomic_load,
     dot_tile,
+    dot_tile_int4,
     dot_tile_int8,
     exp_sum,
     expand_tile,
@@ -40,6 +41,8 @@ _half_1_1, _half_1_2, _half_1_3, _half_1_4 = (dot_tile(1, rows, bfloat16=True) f
 _half_n_1, _half_n_2, _half_n_3, _half_n_4 = (dot_tile(WEIGHT_ROWS, rows, bfloat16=True) for rows in range(1, 5))
 _int8_1_1, _int8_1_2, _int8_1_3, _int8_1_4 = (dot_tile_int8(1, rows) for rows in range(1, 5))
 _int8_n_1, _int8_n_2, _int8_n_3, _int8_n_4 = (dot_tile_int8(WEIGHT_ROWS, rows) for rows in range(1, 5))
+_int4_1_1, _int4_1_2, _int4_1_3, _int4_1_4 = (dot_tile_int4(1, rows) for rows in range(1, 5))
+_int4_n_1, _int4_n_2, _int4_n_3, _int4_n_4 = (dot_tile_int4(WEIGHT_ROWS, rows) for rows in range(1, 5))
 _wide_1, _wide_2, _wide_3, _wide_4 = (expand_tile(4, rows) for rows in range(1, 5))
 _narrow_1, _narrow_2, _narrow_3, _narrow_4 = (expand_tile(1, rows) for rows in range(1, 5))
 _rest_1, _rest_2, _rest_3, _rest_4 = (expand_tile(0, rows) for rows in range(1, 5))
@@ -106,6 +109,27 @@ def run_dot_int8(weight_rows, rows, w, ldw, x, ldx, k, y, ldy, ws, xs):
         _int8_n_3(w, ldw, x, ldx, k, y, ldy, ws, xs)
     else:
         _int8_n_4(w, ldw, x, ldx, k, y, ldy, ws, xs)
+
+
+@entry
+def run_dot_int4(weight_rows, rows, w, ldw, x, ldx, k, y, ldy, ws, lds, xs):
+    if weight_rows == 1:
+        if rows == 1:
+            _int4_1_1(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+        elif rows == 2:
+            _int4_1_2(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+        elif rows == 3:
+            _int4_1_3(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+        else:
+            _int4_1_4(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+    elif rows == 1:
+        _int4_n_1(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+    elif rows == 2:
+        _int4_n_2(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+    elif rows == 3:
+        _int4_n_3(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+    else:
+        _int4_n_4(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
 
 
 @entry
@@ -261,6 +285,41 @@ def test_int8_dot_is_exact_where_fp32_can_hold_it_and_the_same_bits_in_every_til
         assert np.array_equal(dot_int8(weight_rows, rows, w, x, k, ws, xs), alone[:rows, :weight_rows])
 
 
+def dot_int4(
+    weight_rows: int, rows: int, w: NDArray[np.uint8], x: NDArray[np.int16], k: int, ws: Floats, xs: Floats
+) -> Floats:
+    """As `dot`; ``w`` has as many numbers in a row as fit, ``ws`` [rows, groups]."""
+    y = np.full((rows + 1, weight_rows + 2), GUARD)
+    at = w.ctypes.data, 2 * w.shape[1], x.ctypes.data, x.shape[1]
+    to = y.ctypes.data, y.shape[1]
+    run_dot_int4(weight_rows, rows, *at, k, *to, ws.ctypes.data, ws.shape[1], xs.ctypes.data)
+    assert (y[rows:] == GUARD).all() and (y[:, weight_rows:] == GUARD).all()
+    return y[:rows, :weight_rows]
+
+
+@pytest.mark.parametrize("k", SIZES)
+def test_int4_dot_equals_fp64_and_has_the_same_bits_in_every_tile(k: int) -> None:
+    generator = np.random.default_rng(k)
+    groups = -(-k // 32)
+    w = generator.integers(0, 256, (WEIGHT_ROWS, (k + 1) // 2 + 2)).astype(np.uint8)
+    x = np.full((ROWS, k + 3), 32767, np.int16)
+    x[:, :k] = generator.integers(-32767, 32768, (ROWS, k))
+    # One scale more than there are groups, which must not be read.
+    ws = np.full((WEIGHT_ROWS, groups + 1), np.nan, dtype=np.float32)
+    ws[:, :groups] = generator.standard_normal((WEIGHT_ROWS, groups))
+    xs = generator.random(ROWS, dtype=np.float32)
+    numbers = np.stack((w & 15, w >> 4), axis=-1).reshape(WEIGHT_ROWS, -1)[:, :k].astype(np.float64) - 8
+    weights = numbers * ws[:, :groups].astype(np.float64).repeat(32, axis=1)[:, :k]
+    exact = x[:, :k].astype(np.float64) @ weights.T * xs[:, None]
+    size = np.abs(x[:, :k].astype(np.float64)) @ np.abs(weights).T * xs[:, None]
+    alone = np.array(
+        [[dot_int4(1, 1, w[n:], x[t:], k, ws[n:], xs[t:])[0, 0] for n in range(WEIGHT_ROWS)] for t in range(ROWS)]
+    )
+    assert (np.abs(alone - exact) <= 2e-7 * (8 + k / LANES) * size).all()
+    for weight_rows, rows in TILES:
+        assert np.array_equal(dot_int4(weight_rows, rows, w, x, k, ws, xs), alone[:rows, :weight_rows])
+
+
 @pytest.mark.parametrize("k", [0, 1, 4, 16, 37, 64])
 def test_expand_equals_fp64_and_has_the_same_bits_in_every_tile(k: int) -> None:
     generator = np.random.default_rng(k)
@@ -363,6 +422,8 @@ def test_masked_ends_touch_nothing_behind_them() -> None:
         run_dot(1, 1, end - 4 * n, n, end - 4 * n, n, n, y.ctypes.data, STRIP)
         run_dot_bfloat16(1, 1, end - 2 * n, n, end - 4 * n, n, n, y.ctypes.data, STRIP)
         run_dot_int8(1, 1, end - n, n, end - 2 * n, n, n, y.ctypes.data, STRIP, scale.ctypes.data, scale.ctypes.data)
+        halves = end - (n + 1) // 2
+        run_dot_int4(1, 1, halves, n, end - 2 * n, n, n, y.ctypes.data, STRIP, scale.ctypes.data, 0, scale.ctypes.data)
         run_exp_sum(end - 4 * n, n, scale.ctypes.data)
         run_silu_multiply(end - 4 * n, end - 4 * n, end - 4 * n, n)
     for columns in range(1, LANES):

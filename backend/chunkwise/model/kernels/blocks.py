@@ -58,8 +58,8 @@ def _add_partial(m, b, row):
 
 
 @kernel
-def _normalise(m, b, weight, source, row):
-    """``inputs[row]`` = RMS norm of the hidden state at ``source``."""
+def _normalise(m, b, weight, source, row, kind):
+    """``inputs[row]`` = RMS norm of the hidden state at ``source``, for a matrix of that kind."""
     x = carray(as_pointer(source), m.hidden, np.float32)
     weights = carray(as_pointer(weight), m.hidden, np.float32)
     out = carray(as_pointer(b.inputs + 4 * row * m.hidden), m.hidden, np.float32)
@@ -69,7 +69,7 @@ def _normalise(m, b, weight, source, row):
     scale = np.float32(1.0 / math.sqrt(squares / m.hidden + m.eps))
     for i in range(m.hidden):
         out[i] = x[i] * scale * weights[i]
-    if m.kind == INT8:
+    if kind >= INT8:
         _quantize(b, row, m.hidden)
 
 
@@ -82,7 +82,7 @@ def _project(m, b, s, layer, projection, y, me, team):
         meet(b.sync, team)
     first, last = _part(width, me, team)
     weights, scales = m.weights[layer, projection], m.scales[layer, projection]
-    x = b.shorts if m.kind == INT8 else b.inputs
+    x = b.shorts if m.kind >= INT8 else b.inputs
     multiply(m.kind, weights, scales, first, last, x, b.row_scales, s.tokens, k, y, width)
     if m.biases[layer, projection] != 0:
         bias = carray(as_pointer(m.biases[layer, projection]), width, np.float32)
@@ -134,7 +134,7 @@ def _attention_block(m, b, s, c, layer, me, team):
     """The first half of a layer; leaves the residual sum in ``partial``."""
     for row in range(me, s.tokens, team):
         _add_partial(m, b, row)
-        _normalise(m, b, m.norms[layer, 0], b.x + 4 * row * m.hidden, row)
+        _normalise(m, b, m.norms[layer, 0], b.x + 4 * row * m.hidden, row, m.kind)
     meet(b.sync, team)
     _project(m, b, s, layer, QKV, b.wide, me, team)
     for row in range(me, s.tokens, team):
@@ -145,7 +145,7 @@ def _attention_block(m, b, s, c, layer, me, team):
     for sequence in range(me, s.sequences, team):
         if s.lengths[sequence] == 1:
             join(m, b, s, layer, sequence)
-        if m.kind == INT8:
+        if m.kind >= INT8:
             for row in range(s.first_row[sequence], s.first_row[sequence] + s.lengths[sequence]):
                 _quantize(b, row, m.ins[OUTPUT])
     meet(b.sync, team)
@@ -157,14 +157,14 @@ def _mlp_block(m, b, s, layer, me, team):
     """The second half of a layer; leaves the residual sum in ``partial``."""
     for row in range(me, s.tokens, team):
         _add_partial(m, b, row)
-        _normalise(m, b, m.norms[layer, 1], b.x + 4 * row * m.hidden, row)
+        _normalise(m, b, m.norms[layer, 1], b.x + 4 * row * m.hidden, row, m.kind)
     meet(b.sync, team)
     _project(m, b, s, layer, GATE_UP, b.wide, me, team)
     n = m.intermediate
     for row in range(me, s.tokens, team):
         gate = b.wide + 8 * row * n
         silu_multiply(gate, gate + 4 * n, b.inputs + 4 * row * n, n)
-        if m.kind == INT8:
+        if m.kind >= INT8:
             _quantize(b, row, n)
     meet(b.sync, team)
     _project(m, b, s, layer, DOWN, b.partial, me, team)
@@ -184,9 +184,9 @@ def decoder(m, b, s, c, first, last, me, team):
 def head(m, b, x, rows, logits, me, team):
     """``logits`` [rows, vocab] of ``x`` [rows, hidden]."""
     for row in range(me, rows, team):
-        _normalise(m, b, m.final_norm, x + 4 * row * m.hidden, row)
+        _normalise(m, b, m.final_norm, x + 4 * row * m.hidden, row, m.head_kind)
     meet(b.sync, team)
     begin, end = _part(m.vocab, me, team)
-    inputs = b.shorts if m.kind == INT8 else b.inputs
-    multiply(m.kind, m.head, m.head_scales, begin, end, inputs, b.row_scales, rows, m.hidden, logits, m.vocab)
+    inputs = b.shorts if m.head_kind >= INT8 else b.inputs
+    multiply(m.head_kind, m.head, m.head_scales, begin, end, inputs, b.row_scales, rows, m.hidden, logits, m.vocab)
     meet(b.sync, team)

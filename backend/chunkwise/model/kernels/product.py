@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from chunkwise.model.kernels.compile import kernel
-from chunkwise.model.kernels.tiles import ROWS, WEIGHT_ROWS, dot_tile, dot_tile_int8
-from chunkwise.model.kernels.views import BFLOAT16, INT8
+from chunkwise.model.kernels.tiles import ROWS, WEIGHT_ROWS, dot_tile, dot_tile_int4, dot_tile_int8
+from chunkwise.model.kernels.views import BFLOAT16, INT4, INT8
 
 _dot_1_1, _dot_1_2, _dot_1_3, _dot_1_4 = (dot_tile(1, rows) for rows in range(1, 5))
 _dot_n_1, _dot_n_2, _dot_n_3, _dot_n_4 = (dot_tile(WEIGHT_ROWS, rows) for rows in range(1, 5))
@@ -12,6 +12,8 @@ _half_1_1, _half_1_2, _half_1_3, _half_1_4 = (dot_tile(1, rows, bfloat16=True) f
 _half_n_1, _half_n_2, _half_n_3, _half_n_4 = (dot_tile(WEIGHT_ROWS, rows, bfloat16=True) for rows in range(1, 5))
 _int8_1_1, _int8_1_2, _int8_1_3, _int8_1_4 = (dot_tile_int8(1, rows) for rows in range(1, 5))
 _int8_n_1, _int8_n_2, _int8_n_3, _int8_n_4 = (dot_tile_int8(WEIGHT_ROWS, rows) for rows in range(1, 5))
+_int4_1_1, _int4_1_2, _int4_1_3, _int4_1_4 = (dot_tile_int4(1, rows) for rows in range(1, 5))
+_int4_n_1, _int4_n_2, _int4_n_3, _int4_n_4 = (dot_tile_int4(WEIGHT_ROWS, rows) for rows in range(1, 5))
 
 # x rows times k that stay in the second-level cache while the weights pass by.
 _BLOCK_FLOATS = 96 * 1024
@@ -29,6 +31,16 @@ def _one(kind, rows, w, x, k, y, ldy, w_scales, x_scales):
             _int8_1_3(w, k, x, k, k, y, ldy, w_scales, x_scales)
         else:
             _int8_1_4(w, k, x, k, k, y, ldy, w_scales, x_scales)
+    elif kind == INT4:
+        groups = (k + 31) // 32
+        if rows == 1:
+            _int4_1_1(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+        elif rows == 2:
+            _int4_1_2(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+        elif rows == 3:
+            _int4_1_3(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+        else:
+            _int4_1_4(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
     elif kind == BFLOAT16:
         if rows == 1:
             _half_1_1(w, k, x, k, k, y, ldy)
@@ -61,6 +73,16 @@ def _several(kind, rows, w, x, k, y, ldy, w_scales, x_scales):
             _int8_n_3(w, k, x, k, k, y, ldy, w_scales, x_scales)
         else:
             _int8_n_4(w, k, x, k, k, y, ldy, w_scales, x_scales)
+    elif kind == INT4:
+        groups = (k + 31) // 32
+        if rows == 1:
+            _int4_n_1(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+        elif rows == 2:
+            _int4_n_2(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+        elif rows == 3:
+            _int4_n_3(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+        else:
+            _int4_n_4(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
     elif kind == BFLOAT16:
         if rows == 1:
             _half_n_1(w, k, x, k, k, y, ldy)
@@ -86,14 +108,21 @@ def multiply(kind, w, w_scales, first, last, x, x_scales, rows, k, y, ldy):
     """``y[t, n] = Σ_k w[n, k] x[t, k]`` for ``first <= n < last`` and ``rows`` t; all rows have length k.
 
     ``kind`` `FLOAT32` and `BFLOAT16` are of ``w``, with x in fp32 and no scales; `INT8` takes 16-bit x, both with row
-    scales. Few rows take one weight row at a time, so that the weights stream in the order they lie in memory; more
-    take a tile that uses each loaded number several times.
+    scales; `INT4` the same x, and a scale per row and 32 columns. Few rows take one weight row at a time, so that the
+    weights stream in the order they lie in memory; more take a tile that uses each loaded number several times.
     """
-    w_size = 1 if kind == INT8 else 2 if kind == BFLOAT16 else 4
-    x_size = 2 if kind == INT8 else 4
+    row_bytes = 4 * k
+    if kind == BFLOAT16:
+        row_bytes = 2 * k
+    elif kind == INT8:
+        row_bytes = k
+    elif kind == INT4:
+        row_bytes = (k + 1) // 2
+    row_scales = 4 * ((k + 31) // 32) if kind == INT4 else 4
+    x_size = 4 if kind <= BFLOAT16 else 2
     if rows <= ROWS:
         for n in range(first, last):
-            _one(kind, rows, w + w_size * n * k, x, k, y + 4 * n, ldy, w_scales + 4 * n, x_scales)
+            _one(kind, rows, w + row_bytes * n, x, k, y + 4 * n, ldy, w_scales + row_scales * n, x_scales)
         return
     block = max(_BLOCK_FLOATS // k // ROWS * ROWS, ROWS)
     for start in range(0, rows, block):
@@ -101,7 +130,7 @@ def multiply(kind, w, w_scales, first, last, x, x_scales, rows, k, y, ldy):
         n = first
         while n < last:
             tile = n + WEIGHT_ROWS <= last
-            weights, ws = w + w_size * n * k, w_scales + 4 * n
+            weights, ws = w + row_bytes * n, w_scales + row_scales * n
             for t in range(start, stop, ROWS):
                 at, to, xs, count = x + x_size * t * k, y + 4 * (t * ldy + n), x_scales + 4 * t, min(ROWS, stop - t)
                 if tile:

@@ -27,6 +27,7 @@ from chunkwise.model.kernels.vector import (
     I64,
     INTS,
     LANES,
+    QUARTERS,
     SHORTS,
     WIDE,
     call,
@@ -44,6 +45,7 @@ from chunkwise.model.kernels.vector import (
     store_masked,
     total,
     totals,
+    unpack,
     widen,
 )
 
@@ -226,6 +228,51 @@ def dot_tile_int8(weight_rows: int, rows: int) -> Kernel:
             _store_totals(b, floats, row, scales)
 
     return tile(f"dot_int8_{weight_rows}_{rows}", 9, body)
+
+
+@cache
+def dot_tile_int4(weight_rows: int, rows: int) -> Kernel:
+    """``(w, ldw, x, ldx, k, y, ldy, w_scale, ld_scale, x_scale)``: ``y[t, n] = x_scale[t] Σ_k w_scale[n, k / 32] w[n,
+    k] x[t, k]``.
+
+    ``w`` holds two numbers to a byte (see `model.linear.Matrix`), so row n begins ``n ⌈ldw / 2⌉`` bytes behind it;
+    ``x`` is int16. The 32 products that share a scale are summed exactly, groups in fp32.
+    """
+
+    def body(b: ir.IRBuilder, args: list[ir.Value]) -> None:
+        w, ldw, x, ldx, k, y, ldy, w_scale, ld_scale, x_row_scale = args
+        half = b.lshr(b.add(ldw, I64(1)), I64(1))
+        ws = _rows(b, pointer(b, w, I8), half, weight_rows)
+        xs = _rows(b, pointer(b, x, I16), ldx, rows)
+        group_scales = _rows(b, pointer(b, w_scale, F32), ld_scale, weight_rows)
+        ahead = b.mul(half, I64(weight_rows))
+
+        def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+            at, group = b.lshr(offset, I64(1)), b.lshr(offset, I64(5))
+            if mask is None:
+                vectors = [load(b, row, offset, SHORTS) for row in xs]
+            else:
+                vectors = [load_masked(b, row, offset, SHORTS, mask) for row in xs]
+                pairs = mask_below(b, b.lshr(b.add(b.sub(k, offset), I64(1)), I64(1)), LANES)
+            new = []
+            for i, (row, scales) in enumerate(zip(ws, group_scales, strict=True)):
+                if mask is None:
+                    prefetch(b, row, b.add(at, ahead))
+                packed = load(b, row, at, QUARTERS) if mask is None else load_masked(b, row, at, QUARTERS, pairs)
+                weights = unpack(b, packed)
+                scale = spread(b, b.load(b.gep(scales, [group])), FLOATS)
+                for j, vector in enumerate(vectors):
+                    products = b.sitofp(multiply_pairs(b, weights, vector), FLOATS)
+                    new.append(fma(b, products, scale, sums[i * rows + j]))
+            return new
+
+        sums = along(b, k, 2 * LANES, [splat(FLOATS, 0.0)] * (weight_rows * rows), step)
+        x_scales = pointer(b, x_row_scale, F32)
+        for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
+            x_scale = b.load(b.gep(x_scales, [I64(j)]))
+            _store_totals(b, [sums[i * rows + j] for i in range(weight_rows)], row, [x_scale] * weight_rows)
+
+    return tile(f"dot_int4_{weight_rows}_{rows}", 10, body)
 
 
 def largest_activation(k: int) -> int:

@@ -104,6 +104,13 @@ def widen(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return b.bitcast(b.shl(b.zext(value, INTS), splat(INTS, 16)), FLOATS)
 
 
+def unpack(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """Two numbers of 4 bits per byte, as `QUARTERS`, to `SHORTS` less 8: the low bits of a byte come first."""
+    wide = b.zext(value, INTS)
+    both = b.and_(b.or_(wide, b.shl(wide, splat(INTS, 12))), splat(INTS, 0x000F000F))
+    return b.sub(b.bitcast(both, SHORTS), splat(SHORTS, 8))
+
+
 def total(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Sum of a float vector's lanes, halves added to halves."""
     lanes = value.type.count

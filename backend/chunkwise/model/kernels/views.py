@@ -16,8 +16,8 @@ Floats = NDArray[np.float32]
 
 QKV, OUTPUT, GATE_UP, DOWN = range(4)
 """The four projections of a layer: targets that share an input are one matrix."""
-FLOAT32, BFLOAT16, INT8 = range(3)
-"""How base matrices are stored."""
+FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+"""How base matrices are stored; from `INT8` on they are multiplied with activations in 16 bits."""
 FULL_PAGE, INT8_PAGE, INT4_PAGE = range(3)
 """How KV pages are stored."""
 PAGE_FORMATS = 4
@@ -30,10 +30,10 @@ TARGETS = 7
 
 class ModelView(NamedTuple):
     """One rank's weights. ``weights``, ``scales`` and ``biases`` are addresses ``[layers, 4]``, of matrices of ``kind``
-    and their fp32 row scales if that is `INT8`; a bias of 0 is none. ``norms`` ``[layers, 2]`` are addresses.
-    ``outs`` and ``ins`` ``[4]`` are the projections' sizes; ``first_target`` ``[5]`` and ``columns`` ``[7, 2]`` say
-    which LoRA targets make which columns. ``signal`` ``[layers]`` numbers the layers that report attention spread,
-    else it is -1.
+    and their fp32 scales if that is `INT8` or `INT4`; the head's is ``head_kind``; a bias of 0 is none. ``norms``
+    ``[layers, 2]`` are addresses. ``outs`` and ``ins`` ``[4]`` are the projections' sizes; ``first_target`` ``[5]`` and
+    ``columns`` ``[7, 2]`` say which LoRA targets make which columns. ``signal`` ``[layers]`` numbers the layers that
+    report attention spread, else it is -1.
     """
 
     layers: int
@@ -45,6 +45,7 @@ class ModelView(NamedTuple):
     vocab: int
     eps: float
     kind: int
+    head_kind: int
     weights: Ints
     scales: Ints
     biases: Ints
