@@ -320,4 +320,6 @@ class FakeShards:
 
     def _ending(self, sequence: FakeSequence, reason: FinishReason, count: int) -> GeneratedText:
         sampling = sequence.request.sampling
-        return GeneratedText(sequence.letters, count, reason, sampling.seed if sampling.samples else None)
+        seed = sampling.seed if sampling.samples else None
+        held = 100 * sequence.computed
+        return GeneratedText(sequence.letters, count, reason, seed, kv_bytes=held, kv_full_bytes=4 * held)
