@@ -11,7 +11,7 @@ from typing import Any
 from aiohttp.test_utils import TestClient, TestServer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from chunkwise.config.policy import ChunkerPolicy, KvPolicy, SteeringPolicy
+from chunkwise.config.policy import ChunkerPolicy, KvPolicy, RankPolicy, SteeringPolicy
 from chunkwise.config.settings import Limits, RouterSettings
 from chunkwise.core import GenerationRequest, SamplingParams, StoppingParams
 from chunkwise.router.answer import Answer, Event
@@ -23,6 +23,7 @@ from fakes import FakeShards
 # Short chunks, so that short answers see several.
 POLICY = SteeringPolicy(
     chunker=ChunkerPolicy(min_length=2, max_length=4),
+    rank=RankPolicy(source="complexity"),
     kv=KvPolicy(when="always", easy_below=0.5, hard_above=0.9, sink_tokens=2, recent_tokens=3, block_tokens=8),
 )
 BOS, EOS = "<s>", "</s>"

@@ -20,6 +20,7 @@ _COMMANDS = {
     "bench": "chunkwise.bench.command",
     "eval": "chunkwise.evaluation.command",
     "ladder": "chunkwise.evaluation.ladder_command",
+    "calibrate": "chunkwise.evaluation.calibrate_command",
     "experiments": "chunkwise.evaluation.experiments.command",
 }
 

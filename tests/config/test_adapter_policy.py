@@ -35,7 +35,7 @@ def test_a_section_with_a_fixed_prompt_rung() -> None:
 
 def test_a_section_with_prices() -> None:
     section = parse_policy(PRICED).adapters["my adapter"]
-    assert section.prices is not None
+    assert section.prices is not None and section.min_length is None
     assert (section.prompt_rung, section.price_per_rank, section.scales) == (None, 0.01, (1.0, 1.5, 1.2))
     assert (section.prices.default, section.prices.tokens) == ((0.5, 0.1, 0.0), {198: (0.9, 0.2, 0.0)})
 
@@ -52,6 +52,8 @@ def test_a_section_with_prices() -> None:
         ("kept_energy = [0, 0.5, 1]", "kept_energy = [0, 1]", "kept_energy has 2 numbers for 3 rungs"),
         ("answer_rung = 2.0", "answer_rung = 3", r"answer_rung is 3; it must be one of \(0, 0\.25, 2\)"),
         ("answer_rung = 2.0", "answer_rung = 2\nprompt_rung = 0", "either prompt_rung or prices"),
+        ("price_per_rank = 0.01", "min_length = 0", "min_length is 0"),
+        ("price_per_rank = 0.01", "min_length = 1.5", "min_length is 1\\.5"),
         ("price_per_rank = 0.01", "price_per_rank = -1", "price_per_rank is -1.0"),
         ("scales = [1, 1.5, 1.2]", "scales = [1, 1.5]", "scales has 2 numbers"),
         ("scales = [1, 1.5, 1.2]", "scales = [1, 1.5, inf]", "scales are"),

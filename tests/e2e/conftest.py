@@ -18,6 +18,9 @@ from typing import Any
 
 import pytest
 
+from chunkwise.model.spec import load_spec
+from chunkwise_adapters.format import load_adapter
+from chunkwise_adapters.ladder import build_ladder
 from conftest import TinyWorld
 
 
@@ -107,9 +110,26 @@ def _ready_url(process: subprocess.Popen[str], log: Path) -> str:
 
 
 @pytest.fixture(scope="session")
-def two_shards(tiny: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def policy(tiny: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy file under which ranks move: by token prices for adapter a16, by complexity for the others."""
+    weights = load_adapter(tiny.adapters["a16"], "a16", load_spec(tiny.model).target_shapes())
+    ladder = build_ladder(weights, allocation="global")
+    cheap, dear = ([price] * (len(ladder.rungs) - 1) + [0.0] for price in (0.0, 9.0))
+    tokens = [[token_id, *dear] for token_id in range(0, 256, 3)]
+    path = tmp_path_factory.mktemp("policy") / "policy.toml"
+    path.write_text(
+        f'[chunker]\nmin_length = 4\n[rank]\nsource = "complexity"\n[adapters.a16]\n'
+        f'content_hash = "{ladder.content_hash}"\nrungs = {list(ladder.rungs)}\n'
+        f"kept_energy = {list(ladder.kept_energy)}\nanswer_rung = 2\nprice_per_rank = 0.01\n"
+        f"[adapters.a16.prices]\ndefault = {cheap}\ntokens = {tokens}\n"
+    )
+    return path
+
+
+@pytest.fixture(scope="session")
+def two_shards(tiny: TinyWorld, policy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Router, steering on, two tensor-parallel shards."""
-    with running(tiny, tmp_path_factory.mktemp("two") / "log", "--num-shard=2") as server:
+    with running(tiny, tmp_path_factory.mktemp("two") / "log", "--num-shard=2", f"--policy={policy}") as server:
         yield server
 
 

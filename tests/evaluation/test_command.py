@@ -26,6 +26,7 @@ gain = 6.0
 min_length = 3
 max_length = 8
 [rank]
+source = "complexity"
 min_rank = 1
 max_rank = 8
 [kv]

@@ -128,7 +128,7 @@ def test_two_ranks_behind_the_steering_router_answer_as_the_engine(tiny: TinyWor
     driver = Driver(tiny.model, tiny.adapters)
     alone = {r.id: driver.run(r)[r.id] for r in wanted}
     asked = [text_request(r.id, r.inputs, r.stopping.max_new_tokens, adapter_id=r.adapter_id) for r in wanted]
-    policy = policy_file(tmp_path, '[rank]\nmin_rank = 16\n[kv]\nkind = "full"\n')
+    policy = policy_file(tmp_path, '[rank]\nsource = "complexity"\nmin_rank = 16\n[kv]\nkind = "full"\n')
     (tmp_path / "s-0").write_text("stale")
     with (
         started(tiny, tmp_path, "--speculate", "2", world_size=2, CHUNKWISE_POLICY=policy) as ranks,
@@ -170,7 +170,7 @@ def test_a_policy_of_rank_1_answers_as_rank_1(tiny: TinyWorld, tmp_path: Path) -
     driver.steer(SteeringUpdate(1, (ChunkDecision(0, 0, 1),)))
     low = driver.run(r, seq=1)[0]
     assert low != full
-    policy = policy_file(tmp_path, '[rank]\nmin_rank = 1\nmax_rank = 1\n[kv]\nkind = "full"\n')
+    policy = policy_file(tmp_path, '[rank]\nprompt_rung = 1\nanswer_rung = 1\n[kv]\nkind = "full"\n')
     with started(tiny, tmp_path, CHUNKWISE_POLICY=policy), TgiRouter(f"{tmp_path}/s") as router:
         assert router.run(text_request(0, TEXT, 30, adapter_id="a16"))[0] == low
         # The base model's name, as OpenAI clients send it, is no adapter.

@@ -56,7 +56,7 @@ async def test_bring_up(client: Client) -> None:
     assert not info.use_prefix_caching
     assert not info.HasField("window_size")
     assert [a.adapter_id for a in info.adapters] == ["a16", "a4", "a8"]
-    assert list(info.adapters[2].rungs) == [0, 1, 2, 4, 8]
+    assert list(info.adapters[2].rungs) == [0, 0.25, 0.5, 1, 2, 4, 8]
     found = await client.generate.ServiceDiscovery(pb.ServiceDiscoveryRequest())
     assert found.urls[0].startswith("unix://")
     for id in (None, 5):

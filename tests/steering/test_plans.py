@@ -60,6 +60,8 @@ def test_price_chunks_have_the_least_length() -> None:
     policy = SteeringPolicy(chunker=ChunkerPolicy(min_length=3), adapters={"a": PRICED})
     assert rungs(plan(policy), [2, 2, 2, 2, 2, 1, 2, 2, 2, 2]) == [(0, 0), (3, 2), (6, 0), (9, 2)]
     assert rungs(plan(policy), [2, 1, 9]) == [(0, 2)]
+    own = SteeringPolicy(adapters={"a": replace(PRICED, min_length=3)})
+    assert plan(own).chunks([2] * 40 + [1, 9]) == plan(policy).chunks([2] * 40 + [1, 9])
 
 
 def test_scales_are_the_sections_or_follow_the_energy() -> None:

@@ -36,8 +36,9 @@ class AdapterPolicy:
     alone.
 
     A prompt runs at ``prompt_rung``, or, with ``prices``, in chunks that each take the rung of least cost: the sum of
-    their tokens' prices, plus ``price_per_rank`` (nats) times the rung's mean active rank for every token. The answer,
-    from the prompt's last token on, which produces its first one, runs at ``answer_rung``. ``scales``, one per rung,
+    their tokens' prices, plus ``price_per_rank`` (nats) times the rung's mean active rank for every token; they have at
+    least ``min_length`` tokens (None: as the ``[chunker]`` section says). The answer, from the prompt's last token on,
+    which produces its first one, runs at ``answer_rung``. ``scales``, one per rung,
     multiply the adapter's output (None: the ``[rank]`` section says).
     """
 
@@ -47,6 +48,7 @@ class AdapterPolicy:
     answer_rung: float
     prompt_rung: float | None = None
     price_per_rank: float = 0.0
+    min_length: int | None = None
     scales: tuple[float, ...] | None = None
     prices: PriceTable | None = None
 
@@ -71,6 +73,9 @@ class AdapterPolicy:
         require(
             0.0 <= self.price_per_rank < math.inf,
             f"price_per_rank is {self.price_per_rank}; it must be finite and at least 0",
+        )
+        require(
+            self.min_length is None or self.min_length >= 1, f"min_length is {self.min_length}; it must be at least 1"
         )
         require(
             all(math.isfinite(scale) for scale in self.scales or ()), f"scales are {self.scales}; they must be finite"
@@ -100,6 +105,9 @@ def _adapter(table: Mapping[str, Any]) -> AdapterPolicy:
     prompt_rung = table.get("prompt_rung")
     if not isinstance(table["content_hash"], str):
         raise InvalidPolicy(f"content_hash is {table['content_hash']!r}; a text is expected")
+    min_length = table.get("min_length")
+    if min_length is not None and type(min_length) is not int:
+        raise InvalidPolicy(f"min_length is {min_length!r}; a whole number is expected")
     return AdapterPolicy(
         content_hash=table["content_hash"],
         rungs=tuple(map(rank_budget, _row("rungs", table["rungs"]))),
@@ -107,6 +115,7 @@ def _adapter(table: Mapping[str, Any]) -> AdapterPolicy:
         answer_rung=rank_budget(_number("answer_rung", table["answer_rung"])),
         prompt_rung=None if prompt_rung is None else rank_budget(_number("prompt_rung", prompt_rung)),
         price_per_rank=_number("price_per_rank", table.get("price_per_rank", 0.0)),
+        min_length=min_length,
         scales=None if scales is None else _row("scales", scales),
         prices=None if prices is None else _prices(_table(prices, ("default", "tokens"), ("default",))),
     )

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from chunkwise.config.bench_flags import add_bench
+from chunkwise.config.calibrate_flags import add_calibrate_parser
 from chunkwise.config.eval_flags import add_eval_parser
 from chunkwise.config.experiment_flags import add_experiments_parser
 from chunkwise.config.ladder_flags import add_ladder_parser
@@ -161,6 +162,7 @@ def build_parser(env: Mapping[str, str]) -> argparse.ArgumentParser:
 
     add_eval_parser(commands)
     add_ladder_parser(commands)
+    add_calibrate_parser(commands)
     add_experiments_parser(commands)
     add_bench(commands)
     return parser

@@ -15,11 +15,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from chunkwise.config.eval_settings import EngineChoice
 from chunkwise.config.settings import ShardSettings
@@ -108,7 +109,7 @@ class Evaluator:
         Raises:
             GenerationFailed: a job cannot be run; the message names it.
         """
-        helm = LocalHelm(self._decisions, mode.policy)
+        helm = LocalHelm(self._decisions, mode.policy, PAGE_SIZE)
         answers: dict[int, PartialOutcome] = {}
         requests: list[GenerationRequest] = []
         adapter = self.adapters.get(mode.adapter) if mode.adapter is not None else None
@@ -124,6 +125,11 @@ class Evaluator:
         finally:
             self._engine.clear_cache(None)
             self._watcher.forget()
+
+    def watch_scored(self, observe: Callable[[Tensor], None] | None) -> None:
+        """Calls ``observe`` with the logits [n, vocabulary] behind the prompt logprobs of every job that asks for them;
+        of a group of one job they come in order of position."""
+        self._engine.watch_scored(observe)
 
     def _generations(self, requests: SequenceOf[GenerationRequest], helm: LocalHelm) -> Iterator[Generation]:
         result, signals = self._engine.prefill(requests[0].id, requests, None, helm.flush(), 0)

@@ -54,6 +54,12 @@ def skip_share(items: Sequence[T], share: float) -> Sequence[T]:
     return items[int(len(items) * share) :]
 
 
+def take_share(items: Sequence[T], share: tuple[float, float]) -> Sequence[T]:
+    """Items from the first share of their number up to the second."""
+    start, end = share
+    return items[int(len(items) * start) : int(len(items) * end)]
+
+
 def draw(items: Sequence[T], selection: Selection) -> list[T]:
     """``selection.limit`` of the items, drawn with its seed, in their order; neighbours in a file resemble each other,
     so the first few would not stand for all. Raises InvalidData if there are none."""

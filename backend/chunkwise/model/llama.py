@@ -5,6 +5,7 @@ It computes what a `StepInput` says; it does not know requests, sampling or stee
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -68,6 +69,7 @@ class Llama:
             lora=lora or choose_op(device),
         )
         self._embedding = weights.embedding
+        self._observe_scored: Callable[[Tensor], None] | None = None
         rotary = Rotary(self.spec, device)
         self._decoder: Decoder
         if kernel_threads is None:
@@ -80,6 +82,11 @@ class Llama:
     def kv_shape(self, page_size: int) -> KvShape:
         """Shape of the KV cache this rank needs."""
         return KvShape(self.spec.layers, self.plan.n_kv_heads, self.spec.head_dim, page_size)
+
+    def watch_scored(self, observe: Callable[[Tensor], None] | None) -> None:
+        """Calls ``observe`` with the logits [n, vocabulary] of every run of scored prompt rows, in the order in which
+        their scores are returned. They are the caller's for the call alone."""
+        self._observe_scored = observe
 
     @torch.inference_mode()
     def forward(self, step: StepInput, cache: KvCache) -> StepOutput:
@@ -103,5 +110,8 @@ class Llama:
         parts = [x.new_empty(0, dtype=torch.float32)]
         for start in range(0, step.scored_rows.shape[0], _SCORED_ROWS):
             rows, ids = (t[start : start + _SCORED_ROWS] for t in (step.scored_rows, step.scored_ids))
-            parts.append(self._logits(x[rows]).log_softmax(dim=-1).gather(1, ids[:, None])[:, 0])
+            logits = self._logits(x[rows])
+            if self._observe_scored is not None:
+                self._observe_scored(logits)
+            parts.append(logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0])
         return torch.cat(parts)

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from chunkwise.core import (
     AdapterInfo,
     CachedBatch,
@@ -221,6 +223,10 @@ class Engine:
         """Calls ``observe`` after every step with all sequences of the batch, before those that ended give their pages
         back: what a step did, gates and pages included, can be read off them. It must not change them."""
         self._observe = observe
+
+    def watch_scored(self, observe: Callable[[Tensor], None] | None) -> None:
+        """Calls ``observe`` as `Llama.watch_scored` says: the distributions behind the logprobs of prompts."""
+        self._model.watch_scored(observe)
 
     def check_integrity(self) -> None:
         """Checks that live sequences hold exactly the pages in use. Raises AssertionError otherwise."""

@@ -111,8 +111,8 @@ def _calibrated(policy: SteeringPolicy, section: AdapterPolicy, adapter: Adapter
     if section.prices is None:
         assert section.prompt_rung is not None, "a section without prices has a prompt_rung"
         return RolePlan(by_rung[section.prompt_rung], answer)
-    lengths = policy.chunker
-    return PricePlan(list(by_rung.values()), answer, section.prices, section.price_per_rank, lengths.min_length)
+    min_length = section.min_length or policy.chunker.min_length
+    return PricePlan(list(by_rung.values()), answer, section.prices, section.price_per_rank, min_length)
 
 
 def _check_origin(section: AdapterPolicy, adapter: AdapterInfo) -> None:
