@@ -19,15 +19,19 @@ from chunkwise_adapters.ops.triton import expand, shrink
 
 # Everything that is neither a size (constexpr) nor one of these is an int32 number.
 POINTERS = {
-    "fp32": {"h", "weights", "partial", "statistics", "entropy", "key_scales", "value_scales"},
+    "fp32": {"h", "weights", "partial", "statistics", "entropy", "key_scales_8", "value_scales_8"},
     "i32": {"tiles", "rows", "rungs", "numbers", "contexts"},
     "i64": {"factors"},
-    "i8": {"keys_q", "values_q", "int8"},
+    "i8": {"keys_8", "values_8", "formats"},
+    "u8": {"keys_4", "values_4"},
+    "bf16": {"key_scales_4", "value_scales_4", "key_middles_4", "value_middles_4"},
     "model": {"x", "y", "q", "keys", "values", "out"},
 }
 TILES = ({"ROWS": 16, "SPLITS": 8}, {"ROWS": 64, "SPLITS": 1})
 LORA = {"RANKS": 16, "UPCAST": False}
+STRIDES = {"FULL_STRIDE": 184320, "BYTES_8": 214080, "BYTES_4": 122880}
 ATTEND = {"KV": 3, "GROUP": 3, "DIM": 64, "PAGE": 16, "SPLITS": 16, "TOKENS": 32, "GROUP_BLOCK": 16, "DIM_BLOCK": 64}
+ATTEND |= STRIDES
 CASES: list[tuple[Any, dict[str, Any]]] = [
     *((shrink, {**LORA, **tile, "INPUTS": 64}) for tile in TILES),
     *((expand, {**LORA, **tile, "OUTPUTS": 64}) for tile in TILES),

@@ -47,7 +47,8 @@ def test_a_batch_gives_what_each_job_gives_alone(stack: Evaluator, mode: Steerin
     for job, outcome in zip(jobs(), together, strict=True):
         (alone,) = stack.run([job], mode)
         assert (alone.ids, alone.text, alone.trace) == (outcome.ids, outcome.text, outcome.trace)
-        assert alone.logprobs == pytest.approx(outcome.logprobs, abs=1e-4)
+        # Rounding to 8 bits makes more of a difference in the last bit.
+        assert alone.logprobs == pytest.approx(outcome.logprobs, abs=1e-3)
 
 
 def test_jobs_run_in_groups_that_fit_the_cache_in_their_order(tiny: TinyWorld, stack: Evaluator) -> None:

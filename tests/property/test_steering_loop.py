@@ -49,6 +49,7 @@ class Scenario:
     ahead: bool = False
     pressure: tuple[int, ...] = ()
     cuts: int = 0
+    page_size: int = 1
 
     @property
     def planned(self) -> bool:
@@ -111,6 +112,7 @@ def scenarios(draw: st.DrawFn) -> Scenario:
         draw(st.integers(0, 2**32)),
         draw(st.booleans()),
         pressure=tuple(draw(st.lists(st.integers(0, 40), max_size=5))),
+        page_size=draw(st.sampled_from([1, 4])),
     )
 
 
@@ -123,7 +125,8 @@ class Loop:
 
     def __init__(self, scenario: Scenario) -> None:
         self.policy = scenario.policy
-        self.controller = SteeringController(scenario.policy)
+        self.page_size = scenario.page_size
+        self.controller = SteeringController(scenario.policy, scenario.page_size)
         self.updates: list[SteeringUpdate] = []
         self._random = random.Random(scenario.seed)
         self._results_before_signals = scenario.results_before_signals
@@ -187,6 +190,7 @@ class Loop:
             assert request.report is None
             assert self.policy.kv.sink_tokens <= decision.start < decision.end
             assert decision.effective >= decision.end + self.policy.kv.protected_tokens
+            assert decision.start % self.page_size == decision.end % self.page_size == 0
             assert decision.effective >= request.computed, "what it bears on is not computed"
             request.kv.append(decision)
 
@@ -270,7 +274,7 @@ def test_decisions_are_the_reported_chunks_in_ascending_order(scenario: Scenario
 @given(scenarios())
 @settings(deadline=None, max_examples=150)
 def test_kv_decisions_are_chunks_by_complexity_that_never_overlap(scenario: Scenario) -> None:
-    loop = Loop(scenario)
+    loop = Loop(replace(scenario, page_size=1))
     loop.run()
     rule = kv_rule(scenario.policy.kv)
     for request in loop.requests:

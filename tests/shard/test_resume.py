@@ -11,6 +11,9 @@ from chunkwise.core import (
     Generation,
     GenerationRequest,
     Grammar,
+    KvDecision,
+    KvFormat,
+    KvScorer,
     SamplingParams,
     SteeringUpdate,
     StepResult,
@@ -120,6 +123,28 @@ def test_ranks_of_prompt_and_answer_are_those_without_the_interruption(driver: D
     plain = Recorder(driver)
     plain.run(wanted)
     assert plain.got[1] != whole.got[1]
+
+
+@pytest.mark.parametrize("after", [2, 3, 14, 22])
+def test_compressed_pages_are_those_without_the_interruption(driver: Driver, after: int) -> None:
+    """Rewritten inside the prompt of 89 tokens, where the answer begins, and inside the answer, before and after the
+    interruption; the first step computes up to position 48."""
+    kv = (
+        KvDecision(1, 16, 32, KvFormat.INT8, effective=48),
+        KvDecision(1, 32, 64, KvFormat.INT4, 50, KvScorer.KEY_DIVERSITY, effective=80),
+        KvDecision(1, 64, 80, KvFormat.FULL, 100, effective=89),
+        KvDecision(1, 80, 96, KvFormat.INT4, effective=105),
+    )
+    wanted = replace(KINDS["sampled"], adapter_id="a16", stopping=StoppingParams(30, ignore_eos=True))
+    whole, interrupted, full = Recorder(driver), Recorder(driver), Recorder(driver)
+    driver.steer(SteeringUpdate(1, kv=kv))
+    whole.run(wanted, seq=1)
+    driver.steer(SteeringUpdate(2, kv=kv[: 4 if after > 10 else 3]))
+    driver.steer(SteeringUpdate(3, kv=kv))
+    interrupted.interrupt(wanted, after, seq=2, again=3)
+    assert interrupted.got[1] == whole.got[1]
+    full.run(wanted)
+    assert full.got[1] != whole.got[1]
 
 
 def test_a_resumed_request_that_has_nothing_left_to_generate_is_refused(driver: Driver) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import strategies as st
 
 from chunkwise.config.policy import KvPolicy
 from chunkwise.core import Chunk, KvDecision, KvFormat
+from chunkwise.steering.kv_policy import KvChoice, kv_rule, milder
 from chunkwise.steering.kv_schedule import KvSchedule
 
 POLICY = KvPolicy(kind="int8", when="always", sink_tokens=4, recent_tokens=8, block_tokens=16)
@@ -15,7 +17,7 @@ POLICY = KvPolicy(kind="int8", when="always", sink_tokens=4, recent_tokens=8, bl
 
 def schedule(policy: KvPolicy = POLICY, prompt: int = 40, chunks: tuple[int, ...] = (10, 20, 33, 40)) -> KvSchedule:
     """The schedule of a prompt whose chunks end at ``chunks``."""
-    made = KvSchedule(7, prompt, policy)
+    made = KvSchedule(7, prompt, policy, 1)
     for start, end in zip((0, *chunks), chunks, strict=False):
         made.close(Chunk(start, end, 0.5))
     return made
@@ -75,9 +77,52 @@ def test_a_policy_that_keeps_all_in_full_decides_nothing() -> None:
 
 
 def test_who_is_compressed_from_the_start_is_so_whatever_the_policy_waits_for() -> None:
-    made = KvSchedule(7, 40, replace(POLICY, when="pressure"), compressed=True)
+    made = KvSchedule(7, 40, replace(POLICY, when="pressure"), 1, compressed=True)
     made.close(Chunk(0, 10, 0.5))
     assert spans(made.advance(40)) == [(4, 10, 32)]
+
+
+def test_a_page_that_chunks_share_becomes_the_mildest_of_what_they_choose() -> None:
+    policy = replace(POLICY, kind="complexity", easy_below=0.3, hard_above=0.7, sink_tokens=8)
+    made = KvSchedule(7, 100, policy, 8)
+    for start, end, complexity in ((0, 20, 0.1), (20, 34, 0.5), (34, 44, 0.1), (44, 60, 0.9), (60, 80, 0.1)):
+        made.close(Chunk(start, end, complexity))
+    int4, int8 = KvFormat.INT4, KvFormat.INT8
+    told = [(decision.start, decision.end, decision.format) for decision in made.advance(200)]
+    assert told == [(8, 16, int4), (16, 32, int8), (32, 40, int8), (64, 80, int4)], "40 to 64 are in part hard"
+    assert [made.effect(end, 201).format for end in (20, 34, 44, 60, 80)] == [int4, int8, int8, KvFormat.FULL, int4]
+    assert made.effect(20, 32).format is KvFormat.FULL, "before it takes effect"
+
+
+@given(
+    chunks=st.lists(st.tuples(st.integers(1, 20), st.sampled_from([0.1, 0.5, 0.9])), max_size=12),
+    sinks=st.integers(0, 30),
+    page=st.sampled_from([1, 3, 8, 16]),
+    drop=st.sampled_from([0, 40]),
+)
+def test_every_whole_page_becomes_the_mildest_of_its_tokens_choices(
+    chunks: list[tuple[int, float]], sinks: int, page: int, drop: int
+) -> None:
+    policy = replace(
+        POLICY, kind="complexity", easy_below=0.3, hard_above=0.7, sink_tokens=sinks, easy_drop_percent=drop
+    )
+    made, rule = KvSchedule(7, 50, policy, page), kv_rule(policy)
+    tokens: list[KvChoice] = []
+    for length, complexity in chunks:
+        start = len(tokens)
+        tokens += [rule.choose(complexity)] * length
+        made.close(Chunk(start, len(tokens), complexity))
+    tokens[:sinks] = [KvChoice()] * min(sinks, len(tokens))
+    told: dict[int, tuple[KvFormat, int]] = {}
+    for decision in made.advance(10_000):
+        assert decision.start % page == decision.end % page == 0
+        for start in range(decision.start, decision.end, page):
+            assert start not in told
+            told[start] = (decision.format, decision.drop_percent)
+    for start in range(0, len(tokens) // page * page, page):
+        mildest = functools.reduce(milder, tokens[start : start + page])
+        assert told.pop(start, (KvFormat.FULL, 0)) == (mildest.format, mildest.drop_percent)
+    assert not told
 
 
 @pytest.mark.parametrize("when", ["always", "pressure"])
@@ -94,7 +139,7 @@ def test_what_takes_effect_does_not_depend_on_when_it_is_asked_for(
     when: str, lengths: list[int], prompt: int, sinks: int, recent: int, block: int, progress: list[int], since: int
 ) -> None:
     policy = replace(POLICY, when=when, sink_tokens=sinks, recent_tokens=recent, block_tokens=block)
-    step_by_step, at_once = KvSchedule(7, prompt, policy), KvSchedule(7, prompt, policy)
+    step_by_step, at_once = KvSchedule(7, prompt, policy, 1), KvSchedule(7, prompt, policy, 1)
     end, known = 0, list[Chunk]()
     for length in lengths:
         start, end = end, end + length

@@ -109,7 +109,7 @@ class Evaluator:
         Raises:
             GenerationFailed: a job cannot be run; the message names it.
         """
-        helm = LocalHelm(self._decisions, mode.policy)
+        helm = LocalHelm(self._decisions, mode.policy, PAGE_SIZE)
         answers: dict[int, PartialOutcome] = {}
         requests: list[GenerationRequest] = []
         adapter = self.adapters.get(mode.adapter) if mode.adapter is not None else None

@@ -12,10 +12,10 @@ class LocalHelm:
     """What `router.helm` does over sockets: decisions go out before each step, and the signals of a step are observed
     once the next one has been started, here: has run, before its tokens are taken."""
 
-    def __init__(self, decisions: DecisionTable, policy: SteeringPolicy | None) -> None:
+    def __init__(self, decisions: DecisionTable, policy: SteeringPolicy | None, page_size: int) -> None:
         self._decisions = decisions
         self._session = decisions.start_session()
-        self._controller = SteeringController(policy) if policy is not None else None
+        self._controller = SteeringController(policy, page_size) if policy is not None else None
         self._trailing = StepSignals(0)
 
     def admit(self, request: GenerationRequest, adapter: AdapterInfo | None) -> None:

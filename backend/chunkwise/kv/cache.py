@@ -19,8 +19,8 @@ __all__ = ["GatherPlan", "KvCache", "KvShape", "plan_gather"]
 
 _POOL_SHARES = {KvFormat.FULL: 0.6, KvFormat.INT8: 0.25, KvFormat.INT4: 0.15}
 # What a rewrite may hold in the model's type at a time, and free pages whose memory is kept for the next request.
-_SCRATCH_BYTES = 8 << 20
-_WARM_BYTES = 4 << 20
+_SCRATCH_BYTES = 2 << 20
+_WARM_BYTES = 2 << 20
 
 
 @dataclass(frozen=True, slots=True)

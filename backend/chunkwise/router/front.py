@@ -186,7 +186,7 @@ async def prepare(settings: FrontSettings, shards: Shards) -> Front:
     tokenizer = Tokenizer(settings.model_dir)
     info = await shards.info()
     adapters = {adapter.adapter_id: adapter for adapter in info.adapters}
-    controller = make_controller(settings.policy, info.adapters)
+    controller = make_controller(settings.policy, info)
     helm = Helm(shards, controller, adapters, Metrics(info.max_position_embeddings))
     base_names = {settings.model_id, Path(settings.model_id).name}
     relay = Relay(shards, helm, tokenizer, base_names=base_names, adapter_names=adapters)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any
 
 from chunkwise.config.policy import SteeringPolicy
-from chunkwise.core import AdapterInfo, GenerationRequest, KvFormat, SteeringUpdate, StepResult
+from chunkwise.core import AdapterInfo, GenerationRequest, KvFormat, ShardInfo, SteeringUpdate, StepResult
 from chunkwise.router.metrics import Metrics
 from chunkwise.router.shard_group import Shards
 from chunkwise.steering import ChunkReport, SteeringController, SteeringReport, check_sections
@@ -34,17 +34,17 @@ def plain_report(adapter: AdapterInfo | None, length: int) -> SteeringReport:
     return SteeringReport((chunk,), rank)
 
 
-def make_controller(policy: SteeringPolicy | None, adapters: Iterable[AdapterInfo]) -> SteeringController | None:
-    """The controller of a router whose shards hold ``adapters``; None without a policy.
+def make_controller(policy: SteeringPolicy | None, shards: ShardInfo) -> SteeringController | None:
+    """The controller of a router over such shards; None without a policy.
 
     Raises:
-        InvalidPolicy: the policy's section for one of them was made for other weights or another ladder.
+        InvalidPolicy: the policy's section for one of their adapters was made for other weights or another ladder.
     """
     if policy is None:
         return None
-    for name in check_sections(policy, adapters):
+    for name in check_sections(policy, shards.adapters):
         _log.warning("the policy has a section for adapter %r, which is not served under this name", name)
-    return SteeringController(policy)
+    return SteeringController(policy, shards.page_size)
 
 
 class Helm:

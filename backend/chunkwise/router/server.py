@@ -74,7 +74,7 @@ async def prepare(settings: RouterSettings, shards: Shards) -> Serving:
     adapters = {adapter.adapter_id: adapter for adapter in info.adapters}
     metrics = Metrics(agreed.max_total_tokens)
     metrics.batch_total_tokens.set(agreed.max_supported_total_tokens)
-    controller = make_controller(settings.policy, info.adapters)
+    controller = make_controller(settings.policy, info)
     loop = Loop(
         shards,
         Helm(shards, controller, adapters, metrics),

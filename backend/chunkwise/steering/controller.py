@@ -18,11 +18,15 @@ class SteeringController:
     The loop flushes right before it sends a step, and observes the signals of step n after step n + 1 was sent and
     before step n + 2 is. Under that contract no decision starts at a position that is computed when its update becomes
     effective, and the updates depend on the calls' arguments and order alone. Request ids are used once per controller.
+
+    Args:
+        page_size: tokens in a page of the shards' KV cache; KV decisions cover whole pages.
     """
 
-    def __init__(self, policy: SteeringPolicy) -> None:
+    def __init__(self, policy: SteeringPolicy, page_size: int = 1) -> None:
         self._policy = policy
         self._plans: dict[AdapterInfo, RankPlan | RankSelector] = {}
+        self._page_size = page_size
         self._sequences: dict[int, SteeredSequence] = {}
         self._paused: set[int] = set()
         self._chunks: list[ChunkDecision] = []
@@ -47,7 +51,9 @@ class SteeringController:
             raise ValueError(f"request {request_id} is already steered; ids are used once")
         ranks = self._ranks(adapter) if adapter is not None else None
         short = any(sequence.compressed for sequence in self._sequences.values())
-        sequence = SteeredSequence(request_id, prompt_ids, self._policy, ranks, compressed=short)
+        sequence = SteeredSequence(
+            request_id, prompt_ids, self._policy, ranks, page_size=self._page_size, compressed=short
+        )
         self._sequences[request_id] = sequence
         self._chunks.extend(sequence.decisions())
 

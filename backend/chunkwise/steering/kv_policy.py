@@ -23,6 +23,11 @@ class KvChoice:
         return self.format is not KvFormat.FULL or self.drop_percent > 0
 
 
+def milder(one: KvChoice, other: KvChoice) -> KvChoice:
+    """What loses no more than either."""
+    return KvChoice(min(one.format, other.format), min(one.drop_percent, other.drop_percent), other.scorer)
+
+
 class KvRule(Protocol):
     """One kind of KV policy."""
 

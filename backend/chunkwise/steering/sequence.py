@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from chunkwise.config.policy import SteeringPolicy
-from chunkwise.core import Chunk, ChunkDecision, KvDecision, KvFormat, SequenceSignals, SteeringViolation
+from chunkwise.core import Chunk, ChunkDecision, KvDecision, SequenceSignals, SteeringViolation
 from chunkwise.steering.chunker import Chunker
 from chunkwise.steering.estimator import ComplexityEstimator, Observation
+from chunkwise.steering.kv_policy import KvChoice
 from chunkwise.steering.kv_schedule import KvSchedule
 from chunkwise.steering.plans import PlannedChunk, RankPlan
 from chunkwise.steering.ranks import RankChoice, RankSelector
@@ -49,6 +50,7 @@ class SteeredSequence:
 
     Args:
         ranks: how ranks are chosen; None without an adapter.
+        page_size: tokens in a page of the KV cache.
         compressed: whether the KV policy applies from the start, even if it waits for pressure.
 
     Raises:
@@ -62,6 +64,7 @@ class SteeredSequence:
         policy: SteeringPolicy,
         ranks: RankPlan | RankSelector | None,
         *,
+        page_size: int = 1,
         compressed: bool = False,
     ) -> None:
         if not prompt_ids:
@@ -74,7 +77,7 @@ class SteeredSequence:
         self._novelty = NgramNovelty(policy.estimator.ngram)
         self._estimator = ComplexityEstimator(policy.estimator)
         self._chunker = Chunker(policy.chunker)
-        self._kv = KvSchedule(request_id, len(prompt_ids), policy.kv, compressed)
+        self._kv = KvSchedule(request_id, len(prompt_ids), policy.kv, page_size, compressed)
         self._chunks: list[_SteeredChunk] = []
         self._closed = 0
         self._replayed = 0
@@ -181,11 +184,10 @@ class SteeredSequence:
         """The chunks of the first ``length`` positions; the last one is cut there."""
         reports: list[ChunkReport] = []
         ends = [*(chunk.start for chunk in self._chunks[1:]), length]
-        kv = {decision.end: decision for decision in self._kv.made if decision.effective < length}
         for chunk, end in zip(self._chunks, ends, strict=True):
             if chunk.start >= length:
                 break
-            reports.append(self._chunk_report(chunk, min(end, length), kv.get(end)))
+            reports.append(self._chunk_report(chunk, min(end, length), self._kv.effect(end, length)))
         ranked = sum((chunk.end - chunk.start) * chunk.rank for chunk in reports)
         return SteeringReport(tuple(reports), ranked / length if length > 0 else 0.0)
 
@@ -239,7 +241,7 @@ class SteeredSequence:
     def _decision(self, chunk: _SteeredChunk) -> ChunkDecision:
         return ChunkDecision(self._request_id, chunk.start, chunk.choice.rung, chunk.choice.scale, chunk.crossfade)
 
-    def _chunk_report(self, chunk: _SteeredChunk, end: int, kv: KvDecision | None) -> ChunkReport:
+    def _chunk_report(self, chunk: _SteeredChunk, end: int, kv: KvChoice) -> ChunkReport:
         known = min(end, self._chunker.observed)
         complexity = self._chunker.mean(chunk.start, known) if known > chunk.start else chunk.level
         choice = chunk.choice
@@ -251,8 +253,8 @@ class SteeredSequence:
             choice.scale,
             chunk.crossfade,
             complexity,
-            kv=kv.format if kv is not None else KvFormat.FULL,
-            kv_dropped=kv.drop_percent / 100 if kv is not None else 0.0,
+            kv=kv.format,
+            kv_dropped=kv.drop_percent / 100,
         )
 
     def _check_order(self, position: int) -> None:

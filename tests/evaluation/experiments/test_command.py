@@ -41,7 +41,7 @@ def test_an_experiment_writes_its_tables_and_its_plot(
     assert summary["files"] == [str(tmp_path / f"{name}{suffix}") for suffix in (".csv", ".md", ".png")]
     assert (tmp_path / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     shown = (tmp_path / f"{name}.md").read_text()
-    assert shown in output.out and shown.startswith(f"# {name}\n") and "3 items a task" in shown
+    assert shown in output.out and shown.startswith(f"# {name}\n") and "3 windows of" in shown
     rows = list(csv.DictReader((tmp_path / f"{name}.csv").read_text().splitlines()))
     assert {row["adapter"] for row in rows} == {"mine"}
 

@@ -22,7 +22,7 @@ def test_text_is_cut_into_windows_of_one_length_behind_the_fitting_share(
 ) -> None:
     chosen = settings([*flags("kv", tiny, data, tmp_path, "wikitext"), "--items=99"])
     tokenizer = Tokenizer(tiny.model)
-    measure = likelihood(chosen.subjects[0], Sizes(9, window=100, context=40), chosen, tokenizer, "decode")
+    measure = likelihood(chosen.subjects[0], Sizes(9, 9, window=100, context=40), chosen, tokenizer, "decode")
     held_out = tuple(tokenizer.encode(TEXT, add_special_tokens=False))[int(len(TEXT) * 0.85) :]
     assert [job.key for job in measure.task.jobs] == [str(at) for at in range(0, len(held_out) - 99, 100)]
     for job in measure.task.jobs:
@@ -37,8 +37,8 @@ def test_answers_and_calibration_share_no_row(
 ) -> None:
     chosen = settings([*flags("ranks", tiny, data, tmp_path, task), "--items=99"])
     tokenizer, subject = Tokenizer(tiny.model), chosen.subjects[0]
-    measure = likelihood(subject, Sizes(9), chosen, tokenizer)
-    generated = generation(subject, Sizes(9), chosen, tokenizer)
+    measure = likelihood(subject, Sizes(9, 9), chosen, tokenizer)
+    generated = generation(subject, Sizes(9, 9), chosen, tokenizer)
     assert generated is not None and len(generated.task.jobs) == len(measure.task.jobs) == 6
     text = calibration_text(subject, 10_000, 0, tokenizer)
     assert len(text.windows) == 6
@@ -58,4 +58,4 @@ def test_calibration_takes_as_many_tokens_as_it_is_told_and_the_same_each_time(
 
 def test_plain_text_has_nothing_to_generate(tiny: TinyWorld, data: dict[str, Path], tmp_path: Path) -> None:
     chosen = settings(flags("ranks", tiny, data, tmp_path, "wikitext"))
-    assert generation(chosen.subjects[0], Sizes(1), chosen, Tokenizer(tiny.model)) is None
+    assert generation(chosen.subjects[0], Sizes(1, 1), chosen, Tokenizer(tiny.model)) is None

@@ -70,12 +70,12 @@ def steers(policy: SteeringPolicy, adapter: str) -> bool:
     return not policy.adapters or adapter in policy.adapters
 
 
-def varied_policy(policies: Iterable[SteeringPolicy], adapter: str) -> SteeringPolicy:
+def varied_policy(policies: Iterable[SteeringPolicy], adapter: str, skip_below: float = 0.0) -> SteeringPolicy:
     """The policy that ablation and cross-fade vary: the first that steers the adapter, or ranks from 1 to 4 by
-    complexity, where the quality of adapters changes, with an uncompressed KV cache."""
+    complexity, and 0 below ``skip_below``, where the quality of adapters changes, with an uncompressed KV cache."""
     default = SteeringPolicy(
         chunker=ChunkerPolicy(min_length=BOUNDARY_TOKENS),
-        rank=RankPolicy(source="complexity", min_rank=1, max_rank=4),
+        rank=RankPolicy(source="complexity", min_rank=1, max_rank=4, skip_below=skip_below),
         kv=KvPolicy(kind="full"),
     )
     return next((policy for policy in policies if steers(policy, adapter)), default)

@@ -18,7 +18,7 @@ from chunkwise.evaluation.modes import SteeringMode
 from chunkwise.evaluation.results import Record
 
 WINDOWS = (0, 1, 4, 8, 16)
-_SIZES, _QUICK_SIZES = Sizes(items=32), Sizes(items=6, window=256)
+_SIZES, _QUICK_SIZES = Sizes(windows=16, rows=64), Sizes(windows=4, rows=8, window=256)
 _METRIC = "nll_per_token"
 _COLUMNS = (
     "adapter",
@@ -44,7 +44,7 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
     rows: list[tuple[Cell, ...]] = []
     panels: list[Panel] = []
     for subject in settings.subjects:
-        policy = varied_policy(policies, subject.adapter.name)
+        policy = varied_policy(policies, subject.adapter.name, skip_below=0.5)
         found, panel = _subject(lab, settings, subject, sizes, policy)
         rows += found
         panels.append(panel)
@@ -53,8 +53,8 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
         "the run without cross-fade, so that all windows are judged on the same tokens.",
         "A cross-fade costs the wider of its two rungs, so the mean rank rises with the window. Brackets: 95 %, "
         "bootstrap over items; differences are paired.",
-        f"Text is scored as part of the prompt, answers as decoded (seed {settings.seed}, "
-        f"{settings.items or sizes.items} items a task).",
+        f"Text is scored as part of the prompt, answers as decoded: {sizes.told(settings.items)}, drawn with seed "
+        f"{settings.seed}.",
     )
     return Report(notes, [Table("crossfade", "Cross-fade window in tokens", _COLUMNS, rows)], panels)
 

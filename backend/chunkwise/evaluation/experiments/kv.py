@@ -20,7 +20,8 @@ from chunkwise.evaluation.results import Record
 FULL = "full"
 KINDS: tuple[KvKind, ...] = get_args(KvKind)
 """Policies that need no file: every chunk in the format once it is old enough."""
-_SIZES, _QUICK_SIZES = Sizes(items=8, window=2048, context=1024), Sizes(items=2, window=1024, context=768)
+_SIZES = Sizes(windows=8, rows=64, window=2048, context=1024)
+_QUICK_SIZES = Sizes(windows=2, rows=8, window=1024, context=768)
 _COLUMNS = (
     "adapter",
     "task",
@@ -48,9 +49,8 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
         _subject(lab, settings, subject, policies, rows, panels)
     sizes = _QUICK_SIZES if settings.quick else _SIZES
     notes = (
-        f"{settings.items or sizes.items} items a task, drawn with seed {settings.seed}; text in windows of "
-        f"{sizes.window} tokens, {sizes.context} of them the prompt; the others are decoded one by one as given. "
-        "The adapter is at full rank throughout.",
+        f"{sizes.told(settings.items)}, drawn with seed {settings.seed}; {sizes.context} tokens of a window are the "
+        "prompt, the others are decoded one by one as given. The adapter is at full rank throughout.",
         "Peak: the most that the allocator's pages took in any step of a batch, prompts included. End: what an item "
         "held before it was released, mean over items. Brackets: 95 %, bootstrap over items; differences are paired.",
     )

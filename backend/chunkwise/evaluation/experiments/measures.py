@@ -27,12 +27,17 @@ _CALIBRATION_WINDOW = 512
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """How much is measured: ``items`` per task; text in windows of ``window`` tokens whose first ``context`` are not
-    scored."""
+    """How much is measured: ``windows`` of text, each of ``window`` tokens whose first ``context`` are not scored, or
+    ``rows`` of questions or sentences."""
 
-    items: int
+    windows: int
+    rows: int
     window: int = 512
     context: int = 1
+
+    def told(self, items: int | None) -> str:
+        """The numbers for people; ``items`` is what was asked for instead, if anything."""
+        return f"{items or self.windows} windows of {self.window} tokens or {items or self.rows} rows a task"
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,5 +160,6 @@ def _eval_settings(
         target=_TARGET,
         max_new_tokens=_NEW_TOKENS[subject.task],
     )
-    selection = Selection(settings.items or sizes.items, _FITTING_SHARE[subject.task], settings.seed)
+    items = settings.items or (sizes.windows if name == "wikitext" else sizes.rows)
+    selection = Selection(items, _FITTING_SHARE[subject.task], settings.seed)
     return EvalSettings(settings.engine, task, selection, mode="", out=settings.out)

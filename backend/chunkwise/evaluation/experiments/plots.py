@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from chunkwise.evaluation.experiments.report import Panel, Series
 
 _COLUMNS = 2
+_RANKS = (0, 0.25, 0.5, *(1 << i for i in range(11)))
 
 
 def draw(panels: Sequence[Panel], path: Path) -> None:
@@ -26,7 +27,7 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
     figure = Figure(figsize=(6.5 * columns, 4.5 * rows), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for panel, place in zip(panels, axes, strict=False):
-        place.set_title(panel.title)
+        place.set_title(panel.title, fontsize="medium")
         place.set_xlabel(panel.xlabel)
         place.set_ylabel(panel.ylabel)
         place.grid(alpha=0.3)
@@ -38,6 +39,8 @@ def draw(panels: Sequence[Panel], path: Path) -> None:
 
 def _draw_curves(axes: Axes, panel: Panel) -> None:
     for series in panel.series:
+        if all(math.isnan(y.value) for y in series.y):
+            continue
         axes.errorbar(
             [float(x) for x in series.x],
             [y.value for y in series.y],
@@ -50,8 +53,9 @@ def _draw_curves(axes: Axes, panel: Panel) -> None:
         )
     if panel.rank_axis:
         axes.set_xscale("function", functions=(lambda x: np.log2(1 + np.maximum(x, -0.9)), lambda x: 2**x - 1))
-        ticks = sorted({0.0} | {round(x, 2) for series in panel.series if series.joined for x in series.x})
-        axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks], fontsize="small")
+        highest = max(x for series in panel.series for x in series.x)
+        ticks = [tick for tick in _RANKS if tick <= highest]
+        axes.set_xticks(ticks, labels=[f"{tick:g}" for tick in ticks])
     axes.legend(fontsize="small")
 
 

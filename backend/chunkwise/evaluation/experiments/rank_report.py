@@ -178,12 +178,22 @@ def _steered_area_rows(one: _Read) -> Iterator[tuple[Cell, ...]]:
 
 
 def _panel(one: _Read) -> Panel:
+    """Differences to full rank, whose paired intervals are narrow, and without the base model, which would press all
+    others into a line."""
+    curves = one.measured.curves
+    base, *_, full = next(iter(curves.values()))
+
+    def less_full(records: Sequence[Record]) -> Interval:
+        return figures.difference(one.measured.measure, records, full.records, one.reading.metric)
+
     series = [
-        Series(name, [point.rank for point in curve], [one.value(point.records) for point in curve])
-        for name, curve in one.measured.curves.items()
+        Series(name, [point.rank for point in curve[1:]], [less_full(point.records) for point in curve[1:]])
+        for name, curve in curves.items()
     ]
     steered = one.measured.steered
     if steered:
-        points = [(policy.point.rank, one.value(policy.records)) for policy in steered]
-        series.append(Series("policies", [rank for rank, _ in points], [value for _, value in points], joined=False))
-    return Panel(one.title, "mean active rank, executed", one.reading.metric, series, rank_axis=True)
+        ranks = [policy.point.rank for policy in steered]
+        series.append(Series("policies", ranks, [less_full(policy.records) for policy in steered], joined=False))
+    ends = f"base {one.value(base.records).value:.4g}, full rank {one.value(full.records).value:.4g}"
+    title = f"{one.title} ({ends})"
+    return Panel(title, "mean active rank, executed", f"{one.reading.metric} less full rank", series, rank_axis=True)

@@ -17,7 +17,7 @@ from chunkwise.evaluation.modes import BASE, SteeringMode, fixed_rung
 from chunkwise_adapters.format import LoraWeights
 from chunkwise_adapters.ladder import RankLadder
 
-_SIZES, _QUICK_SIZES = Sizes(items=32), Sizes(items=4)
+_SIZES, _QUICK_SIZES = Sizes(windows=16, rows=64), Sizes(windows=3, rows=8)
 _QUICK_RUNGS = (0.25, 1, 4)
 
 
@@ -31,9 +31,9 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
     measured = [one for subject in settings.subjects for one in _subject(lab, settings, subject, policies)]
     sizes = _QUICK_SIZES if settings.quick else _SIZES
     notes = [
-        f"{settings.items or sizes.items} items a task, drawn with seed {settings.seed}; text in windows of "
-        f"{sizes.window} tokens; whitened ladders fitted to {settings.calibration_tokens} tokens of data that is not "
-        "measured. Brackets: 95 %, bootstrap over items; differences and losses are paired.",
+        f"{sizes.told(settings.items)}, drawn with seed {settings.seed}; whitened ladders fitted to "
+        f"{settings.calibration_tokens} tokens of data that is not measured. Brackets: 95 %, bootstrap over items; "
+        "differences and losses are paired.",
         "Ranks are means over all computed positions, prompts included, as executed. A policy is compared with the "
         "fixed rung of the same mean rank, global ranks.",
         "AURAC: mean over log2(1 + rank) of the share of the adapter's gain over the base model that a rank gives; the "
