@@ -150,6 +150,8 @@ def test_an_evicted_adapter_that_is_gone_ends_its_requests_alone(tiny: TinyWorld
     first, *_, last = copies
     driver = Driver(tiny.model, copies, adapter_slots=1)
     shutil.rmtree(copies[last])
-    result = driver.prefill([request(1, new=3, adapter_id=first), request(2, new=3, adapter_id=last), request(3, new=3)])
+    result = driver.prefill(
+        [request(1, new=3, adapter_id=first), request(2, new=3, adapter_id=last), request(3, new=3)]
+    )
     assert result.batch is not None and result.batch.request_ids == (1, 3)
     assert list(driver.errors) == [2] and last in driver.errors[2]

@@ -72,7 +72,9 @@ def serve(
         for id, ids in enumerate(prompts, start=1)
     ]
     before, run = restart_peak(), _Run()
-    for result, state, seconds in _steps(engine, LocalHelm(decisions, SteeringPolicy(kv=kv)), requests):
+    for result, state, seconds in _steps(
+        engine, LocalHelm(decisions, SteeringPolicy(kv=kv), engine.info().page_size), requests
+    ):
         run.take(result, state, seconds, wanted=sum(map(len, prompts)) - len(prompts))
     return Service(
         held={usage.format.name.lower(): usage.pages for usage in run.last.kv},
