@@ -18,7 +18,7 @@ def _decision(start: int, end: int, format: KvFormat = INT8, drop: int = 0, effe
 def _apply(retention: Retention, decision: KvDecision, pages: int, computed: int = 1000) -> list[int]:
     retention.accept(decision, computed)
     (due,) = retention.take_due(computed)
-    return list(range(pages)[retention.grant(due, pages, SIZE)])
+    return list(range(pages)[retention.grant(due, pages, SIZE).whole])
 
 
 def test_pages_left_are_rounded_up() -> None:
@@ -33,6 +33,39 @@ def test_a_page_is_rewritten_once_all_its_positions_are_decided_alike() -> None:
     assert _apply(retention, _decision(75, 96), 20) == [4, 5]
     assert _apply(retention, _decision(96, 130, INT4), 20) == [6, 7]
     assert _apply(retention, _decision(130, 160), 20) == [9], "page 8 lies in ranges that ask for different things"
+
+
+def test_a_page_of_several_ranges_takes_the_largest_format_they_agree_on() -> None:
+    retention = Retention()
+    seen = []
+    for decision in (
+        _decision(0, 40, INT4),
+        _decision(40, 70, INT8),
+        _decision(70, 100, FULL, 50),
+        _decision(60, 75, INT4),
+    ):
+        retention.accept(decision, 1000)
+        (due,) = retention.take_due(1000)
+        seen.append(retention.grant(due, 20, SIZE).shared)
+    assert seen == [{2: FULL}, {2: INT8, 4: FULL}, {4: FULL, 6: FULL}, {3: INT8, 4: FULL}]
+    retention.accept(_decision(75, 80, INT8), 1000)
+    (due,) = retention.take_due(1000)
+    assert retention.grant(due, 20, SIZE).shared == {4: INT8}
+
+
+def test_neighbours_that_take_effect_together_are_one_range() -> None:
+    retention = Retention()
+    parts = [
+        _decision(16, 40, INT8, 50),
+        _decision(40, 90, INT8, 50),
+        _decision(90, 96, INT8),
+        _decision(96, 128, INT8),
+    ]
+    for decision in parts:
+        retention.accept(decision, 200)
+    due = retention.take_due(200)
+    assert [(decision.start, decision.end) for decision in due] == [(16, 90), (90, 128)]
+    assert [retention.grant(decision, 20, SIZE).whole for decision in due] == [slice(1, 5), slice(6, 8)]
 
 
 def test_ranges_join_whichever_comes_first() -> None:

@@ -7,6 +7,7 @@ counts as that whole run from then on; the pages behind it are untouched, and on
 from __future__ import annotations
 
 from bisect import insort
+from dataclasses import dataclass, replace
 
 from chunkwise.core import KvDecision, KvFormat, KvScorer, SteeringViolation
 
@@ -16,6 +17,23 @@ _Ask = tuple[KvFormat, int, KvScorer]
 def kept_pages(pages: int, drop_percent: int) -> int:
     """How many of ``pages`` pages are left, rounded up."""
     return -(-pages * (100 - drop_percent) // 100)
+
+
+def _ask(decision: KvDecision) -> _Ask:
+    return decision.format, decision.drop_percent, decision.scorer
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What one decision does to a table of pages.
+
+    ``whole`` are the places of the pages whose positions all lie in its range, joined to adjacent ranges that asked for
+    the same before, unless they lie in those alone: they become what it asks for. ``shared`` are pages that it has in
+    common with other ranges, or with none: they become the largest format that their positions were granted.
+    """
+
+    whole: slice
+    shared: dict[int, KvFormat]
 
 
 class Retention:
@@ -73,30 +91,38 @@ class Retention:
         return next((effective for effective, _, _ in self._waiting if effective > computed), None)
 
     def take_due(self, computed: int) -> list[KvDecision]:
-        """Decisions that take effect now that ``computed`` positions are computed, in the order in which they came."""
-        due = [decision for effective, _, decision in self._waiting if effective <= computed]
-        del self._waiting[: len(due)]
+        """Decisions that take effect now that ``computed`` positions are computed, in the order in which they came; of
+        neighbours that ask for the same, one is made."""
+        due: list[KvDecision] = []
+        while self._waiting and self._waiting[0][0] <= computed:
+            decision = self._waiting.pop(0)[2]
+            if due and due[-1].end == decision.start and _ask(due[-1]) == _ask(decision):
+                decision = replace(decision, start=due.pop().start)
+            due.append(decision)
         return due
 
-    def grant(self, decision: KvDecision, pages: int, page_size: int) -> slice:
-        """The places, of a table of ``pages`` pages, that a due decision rewrites: those whose positions all lie in its
-        range, joined to adjacent ranges that asked for the same, and not in such a range alone."""
-        ask = (decision.format, decision.drop_percent, decision.scorer)
+    def grant(self, decision: KvDecision, pages: int, page_size: int) -> Grant:
+        """What a due decision does to a table of ``pages`` pages."""
+        ask = _ask(decision)
         start, end = decision.start, decision.end
         for other in [granted for granted in self._granted if granted[2] == ask]:
             if other[1] == start or other[0] == end:
                 start, end = min(start, other[0]), max(end, other[1])
                 self._granted.remove(other)
         self._granted.append((start, end, ask))
-        places = [
-            place
-            for place in range(pages)
-            if start <= (run := self._run(place, page_size))[0]
-            and run[1] <= end
-            and run[0] < decision.end
-            and decision.start < run[1]
-        ]
-        return slice(places[0], places[-1] + 1) if places else slice(0, 0)
+        runs = [self._run(place, page_size) for place in range(pages)]
+        touched = [place for place, run in enumerate(runs) if run[0] < decision.end and decision.start < run[1]]
+        whole = [place for place in touched if start <= runs[place][0] and runs[place][1] <= end]
+        shared = {place: self._granted_format(runs[place]) for place in touched if place not in whole}
+        return Grant(slice(whole[0], whole[-1] + 1) if whole else slice(0, 0), shared)
+
+    def _granted_format(self, run: tuple[int, int]) -> KvFormat:
+        """The smallest format that all positions of a run may be stored in."""
+        over = [granted for granted in self._granted if granted[0] < run[1] and run[0] < granted[1]]
+        cuts = {run[0], *(cut for start, end, _ in over for cut in (start, end) if run[0] < cut < run[1])}
+        return min(
+            max((ask[0] for start, end, ask in over if start <= cut < end), default=KvFormat.FULL) for cut in cuts
+        )
 
     def drop(self, places: slice, kept: int, page_size: int) -> None:
         """Notes that the pages at ``places`` were packed into ``kept`` pages."""

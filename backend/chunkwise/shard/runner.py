@@ -150,22 +150,23 @@ class StepRunner:
 
     def _rewrite(self, sequence: Sequence, decision: KvDecision) -> None:
         size = self._cache.shape.page_size
-        places = sequence.kv.grant(decision, len(sequence.pages), size)
-        old = sequence.pages[places]
-        if not old:
-            return
-        kept, smallest = kept_pages(len(old), decision.drop_percent), max(page.format for page in old)
+        before = list(sequence.pages)
+        grant = sequence.kv.grant(decision, len(sequence.pages), size)
+        for place, kind in grant.shared.items():
+            sequence.pages[place : place + 1] = self._cache.compress([sequence.pages[place]], kind)
+        old = sequence.pages[grant.whole]
+        kept = kept_pages(len(old), decision.drop_percent)
         if kept == len(old):
-            fresh = self._cache.compress(old, decision.format)
+            sequence.pages[grant.whole] = self._cache.compress(old, decision.format)
         else:
-            packed = self._cache.pack(old, max(decision.format, smallest), kept, decision.scorer)
-            if packed is None:
-                return
-            fresh = packed
-            sequence.kv.drop(places, kept, size)
-        sequence.pages[places] = fresh
-        # What follows is computed over other keys than a prompt gives, which no other request starts from.
-        sequence.trail = None
+            kind = max(decision.format, *(page.format for page in old))
+            packed = self._cache.pack(old, kind, kept, decision.scorer)
+            if packed is not None:
+                sequence.pages[grant.whole] = packed
+                sequence.kv.drop(grant.whole, kept, size)
+        if sequence.pages != before:
+            # What follows is computed over other keys than a prompt gives, which no other request starts from.
+            sequence.trail = None
 
     def _reserve(self, sequence: Sequence, context: int) -> None:
         while len(sequence.pages) * self._cache.shape.page_size < sequence.slot(context):
