@@ -4,6 +4,7 @@ prompt, adapter and seed alone. Breaks of the protocol are errors here, as they 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -57,17 +58,27 @@ class FakeSequence:
     request: GenerationRequest
     computed: int = 0
     letters: str = ""
-    cuts: list[int] = field(default_factory=list)
+    kv: list[KvDecision] = field(default_factory=list)
 
     @property
     def prompt(self) -> tuple[int, ...]:
         return self.request.prompt_ids or ()
 
     @property
+    def known(self) -> int:
+        """Positions to be computed before the next letter."""
+        return len(self.prompt) + len(self.letters)
+
+    @property
     def pending(self) -> int:
         """Positions that the next step has to compute if nothing limits it but the KV decisions to come."""
-        cut = min((at for at in self.cuts if at > self.computed), default=len(self.prompt))
-        return max(1, min(cut, len(self.prompt)) - self.computed)
+        cut = min((kv.effective for kv in self.kv if kv.effective > self.computed), default=self.known)
+        return max(1, min(cut, self.known) - self.computed)
+
+    def pages(self, size: int) -> float:
+        """Full pages' worth of memory that it holds: a page that was rewritten counts half."""
+        rewritten = sum(kv.end - kv.start for kv in self.kv if kv.effective < self.computed)
+        return -(-self.computed // size) - rewritten / size / 2
 
 
 def letter(request: GenerationRequest, index: int) -> str:
@@ -87,12 +98,15 @@ class FakeShards:
     """``eos_at`` ends a prompt (by its text) at that token index; ``errors`` refuses a prompt at its first token.
 
     ``failures[name]`` are raised by the next calls of that name. Steps take ``step_seconds`` and wait while ``running``
-    is cleared; signals come ``signal_seconds`` late.
+    is cleared; signals come ``signal_seconds`` late. With ``kv_pages`` the KV cache is that large and tells what is
+    free; a step that lacks pages breaks the protocol. ``filtered`` are the ids that each filter_batch dropped, by its
+    place in ``calls``.
     """
 
     shard_info: ShardInfo = INFO
     limits: WarmupLimits = LIMITS
     step_tokens: int = 64
+    kv_pages: int | None = None
     eos_at: dict[str, int] = field(default_factory=dict)
     errors: dict[str, RequestError] = field(default_factory=dict)
     failures: dict[str, list[Exception]] = field(default_factory=dict)
@@ -105,7 +119,8 @@ class FakeShards:
     computed: dict[int, int] = field(default_factory=dict)
     chunk_starts: dict[int, int] = field(default_factory=dict)
     kv_ends: dict[int, int] = field(default_factory=dict)
-    kv_cuts: dict[int, list[int]] = field(default_factory=dict)
+    kv: dict[int, list[KvDecision]] = field(default_factory=dict)
+    filtered: dict[int, set[int]] = field(default_factory=dict)
     applied_seq: int = 0
     closed: bool = False
     health_error: GenerationFailed | None = None
@@ -135,7 +150,12 @@ class FakeShards:
             old = self.batches.pop(cached.id) if cached is not None else []
             self._enter(Call("prefill", tuple(request.id for request in requests), seq, step))
             self._apply(seq)
-            new = [FakeSequence(request, cuts=self.kv_cuts.setdefault(request.id, [])) for request in requests]
+            new = [
+                FakeSequence(
+                    request, letters=bytes(request.resumed_ids).decode(), kv=self.kv.setdefault(request.id, [])
+                )
+                for request in requests
+            ]
             return await self._run(cached.id if cached is not None else batch_id, old + new, step)
 
     async def decode(
@@ -156,6 +176,7 @@ class FakeShards:
         held = {sequence.request.id for sequence in self.batches[batch_id]}
         if not set(request_ids) <= held:
             raise GenerationFailed(f"batch {batch_id} holds {held}, not {request_ids}")
+        self.filtered[len(self.calls) - 1] = held - set(request_ids)
         self.batches[batch_id] = [s for s in self.batches[batch_id] if s.request.id in request_ids]
         return self._cached(batch_id)
 
@@ -213,6 +234,9 @@ class FakeShards:
                 self._compress(kv)
             self.steered |= {chunk.request_id for chunk in update.chunks} | {kv.request_id for kv in update.kv}
             self.steered -= set(update.released)
+            for request_id in update.released:
+                for table in (self.computed, self.chunk_starts, self.kv_ends, self.kv):
+                    table.pop(request_id, None)
         self.applied_seq = seq
 
     def _follow(self, chunk: ChunkDecision) -> None:
@@ -230,13 +254,22 @@ class FakeShards:
         if not self.kv_ends.get(kv.request_id, 0) <= kv.start < kv.end <= kv.effective or not in_time:
             raise SteeringViolation(f"{kv} comes too late or behind {self.kv_ends}: {self.computed}")
         self.kv_ends[kv.request_id] = kv.end
-        self.kv_cuts.setdefault(kv.request_id, []).append(kv.effective)
+        self.kv.setdefault(kv.request_id, []).append(kv)
 
     def _cached(self, batch_id: int) -> CachedBatch:
         sequences = self.batches[batch_id]
         ids = tuple(sequence.request.id for sequence in sequences)
         current = sum(min(self.step_tokens, sequence.pending) for sequence in sequences)
-        return CachedBatch(batch_id, ids, 0, current)
+        return CachedBatch(batch_id, ids, 0, current, self._free_pages())
+
+    def _free_pages(self) -> int | None:
+        """What is left of the cache once every known token is computed."""
+        if self.kv_pages is None:
+            return None
+        size = self.shard_info.page_size
+        live = [sequence for batch in self.batches.values() for sequence in batch]
+        owed = sum(-(-sequence.known // size) - -(-sequence.computed // size) for sequence in live)
+        return math.floor(self.kv_pages - sum(sequence.pages(size) for sequence in live) - owed)
 
     async def _run(self, batch_id: int, sequences: list[FakeSequence], step: int) -> StepResult:
         await self.running.wait()
@@ -252,13 +285,16 @@ class FakeShards:
             self.computed[sequence.request.id] = sequence.computed
             entropy = (sum(sequence.prompt) + sequence.computed * 13) % 10 / 10
             signals.append(SequenceSignals(sequence.request.id, sequence.computed - 1, entropy))
-            generation = self._generate(sequence) if sequence.computed >= len(sequence.prompt) else None
+            generation = self._generate(sequence) if sequence.computed >= sequence.known else None
             if generation is not None:
                 generations.append(generation)
             if generation is None or (generation.text is None and generation.error is None):
                 kept.append(sequence)
         if step:
             self._signals.put_nowait(StepSignals(step, tuple(signals)))
+        if self.kv_pages is not None:
+            held = sum(sequence.pages(self.shard_info.page_size) for sequence in sequences)
+            assert held <= self.kv_pages, f"{held} pages are held of {self.kv_pages}"
         if not kept:
             return StepResult(tuple(generations), None, 1_000_000, 1_000, 2_000_000)
         self.batches[batch_id] = kept
@@ -284,4 +320,6 @@ class FakeShards:
 
     def _ending(self, sequence: FakeSequence, reason: FinishReason, count: int) -> GeneratedText:
         sampling = sequence.request.sampling
-        return GeneratedText(sequence.letters, count, reason, sampling.seed if sampling.samples else None)
+        seed = sampling.seed if sampling.samples else None
+        held = 100 * sequence.computed
+        return GeneratedText(sequence.letters, count, reason, seed, kv_bytes=held, kv_full_bytes=4 * held)

@@ -42,10 +42,13 @@ REQUEST = st.builds(
     adapter_id=st.none() | NAME,
     top_n_tokens=U32,
     chunk_len=st.none() | U32,
+    prefill_logprobs=st.booleans(),
+    resumed_ids=st.lists(U32, max_size=8).map(tuple),
 )
-BATCH = st.builds(core.CachedBatch, U64, st.lists(U64).map(tuple), U32, U32)
+FREE = st.none() | st.integers(-(2**31), 2**31 - 1)
+BATCH = st.builds(core.CachedBatch, U64, st.lists(U64).map(tuple), U32, U32, FREE)
 TOKEN = st.builds(core.Token, U32, F32, st.text(), st.booleans())
-ENDING = st.builds(core.GeneratedText, st.text(), U32, st.sampled_from(core.FinishReason), st.none() | U64)
+ENDING = st.builds(core.GeneratedText, st.text(), U32, st.sampled_from(core.FinishReason), st.none() | U64, U64, U64)
 GENERATION = st.builds(
     core.Generation,
     U64,
@@ -76,7 +79,7 @@ KV_DECISION = st.builds(
     U32,
 )
 USAGE = st.builds(core.KvUsage, st.sampled_from(core.KvFormat), U64, U64)
-STATE = st.builds(core.ShardState, U32, U32, st.lists(USAGE, max_size=3).map(tuple), U64, U64, U64, U64, U64)
+STATE = st.builds(core.ShardState, U32, U32, st.lists(USAGE, max_size=3).map(tuple), *[U64] * 8)
 UPDATE = st.builds(
     core.SteeringUpdate,
     U64,

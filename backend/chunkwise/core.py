@@ -148,12 +148,15 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class GeneratedText:
-    """The end of a request. ``seed`` is set only when the request sampled."""
+    """The end of a request. ``seed`` is set only when the request sampled. ``kv_bytes`` is what the KV pages take that
+    it held, on one shard, and ``kv_full_bytes`` what its tokens would have taken in full."""
 
     text: str
     generated_tokens: int
     finish_reason: FinishReason
     seed: int | None = None
+    kv_bytes: int = 0
+    kv_full_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -331,9 +334,11 @@ class KvUsage:
 
 @dataclass(frozen=True, slots=True)
 class ShardState:
-    """What a shard holds at this moment. Since the start, ``reused_tokens`` counts prompt tokens that were not computed
-    because an earlier request had computed them, ``kv_rewritten_pages`` the pages that KV decisions turned into smaller
-    ones, fewer or none, ``kv_dropped_tokens`` the tokens given up with them."""
+    """What a shard holds at this moment; ``kv_full_bytes`` is what the same tokens would take in full, and
+    ``kv_free_pages`` full pages there is room for beside those kept for reuse. Since the start, ``reused_tokens``
+    counts prompt tokens that were not computed because an earlier request had computed them, ``kv_rewritten_pages`` the
+    pages that KV decisions turned into smaller ones, fewer or none, ``kv_dropped_tokens`` the tokens given up with
+    them, and ``kv_evicted_pages`` the pages kept for reuse that gave way to requests."""
 
     sequences: int = 0
     steered_requests: int = 0
@@ -343,3 +348,6 @@ class ShardState:
     reused_tokens: int = 0
     kv_rewritten_pages: int = 0
     kv_dropped_tokens: int = 0
+    kv_full_bytes: int = 0
+    kv_free_pages: int = 0
+    kv_evicted_pages: int = 0

@@ -148,6 +148,8 @@ def _fill_generation(message: pb.Generation, generation: core.Generation) -> Non
         message.generated_text.text = text.text
         message.generated_text.generated_tokens = text.generated_tokens
         message.generated_text.finish_reason = pb.FinishReason.ValueType(text.finish_reason)
+        message.generated_text.kv_bytes = text.kv_bytes
+        message.generated_text.kv_full_bytes = text.kv_full_bytes
         if text.seed is not None:
             message.generated_text.seed = text.seed
     if generation.top_tokens:
@@ -165,7 +167,8 @@ def generations_from_pb(generation: pb.Generation) -> tuple[core.Generation, ...
     if generation.HasField("generated_text"):
         g = generation.generated_text
         reason = _FINISH_REASONS.get(g.finish_reason, core.FinishReason.EOS_TOKEN)
-        text = core.GeneratedText(g.text, g.generated_tokens, reason, g.seed if g.HasField("seed") else None)
+        seed = g.seed if g.HasField("seed") else None
+        text = core.GeneratedText(g.text, g.generated_tokens, reason, seed, g.kv_bytes, g.kv_full_bytes)
     if generation.HasField("error"):
         error = core.RequestError(generation.error.message, generation.error.kind)
     prefill = _tokens_from_pb(generation.prefill_tokens) if generation.HasField("prefill_tokens") else ()
@@ -281,6 +284,9 @@ def state_to_pb(state: core.ShardState) -> pb.ShardState:
         reused_tokens=state.reused_tokens,
         kv_rewritten_pages=state.kv_rewritten_pages,
         kv_dropped_tokens=state.kv_dropped_tokens,
+        kv_full_bytes=state.kv_full_bytes,
+        kv_free_pages=state.kv_free_pages,
+        kv_evicted_pages=state.kv_evicted_pages,
     )
 
 
@@ -299,6 +305,9 @@ def state_from_pb(state: pb.ShardState) -> core.ShardState:
         reused_tokens=state.reused_tokens,
         kv_rewritten_pages=state.kv_rewritten_pages,
         kv_dropped_tokens=state.kv_dropped_tokens,
+        kv_full_bytes=state.kv_full_bytes,
+        kv_free_pages=state.kv_free_pages,
+        kv_evicted_pages=state.kv_evicted_pages,
     )
 
 

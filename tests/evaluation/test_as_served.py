@@ -6,23 +6,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 
 from chunkwise.config.policy import SteeringPolicy
 from chunkwise.config.settings import Limits, RouterSettings
-from chunkwise.core import (
-    CachedBatch,
-    GenerationRequest,
-    ShardInfo,
-    ShardState,
-    SteeringUpdate,
-    StepResult,
-    StepSignals,
-    WarmupLimits,
-)
 from chunkwise.evaluation.driver import make_engine
 from chunkwise.evaluation.jobs import Job
 from chunkwise.evaluation.modes import SteeringMode
@@ -30,65 +19,15 @@ from chunkwise.evaluation.trace import Trace, Watcher
 from chunkwise.model.llama import Llama, target_slices
 from chunkwise.model.parallel import SingleProcess
 from chunkwise.router.server import prepare
-from chunkwise.shard.decisions import DecisionTable
-from chunkwise.shard.engine import Engine
 from chunkwise_adapters.format import load_adapter
 from chunkwise_adapters.ladder import build_ladder
 from chunkwise_adapters.store import AdapterStore
 from conftest import TinyWorld
 from evaluation.worlds import ADAPTIVE, FULL, evaluator
+from in_process import EngineShards
 
 PROMPTS = ("Stately, plump Buck Mulligan came from the stairhead", "oh oh oh oh oh oh oh oh", "Mrs. Dalloway said")
 STEP_TOKENS = 32
-
-
-@dataclass
-class EngineShards:
-    """The `Shards` protocol over one engine in this process."""
-
-    engine: Engine
-    decisions: DecisionTable
-    sent: dict[int, StepSignals] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self._session = self.decisions.start_session()
-
-    async def info(self) -> ShardInfo:
-        return self.engine.info()
-
-    async def warmup(self, limits: Limits) -> WarmupLimits:
-        return self.engine.warmup([], limits.max_batch_prefill_tokens, None, None)
-
-    async def prefill(
-        self, requests: Sequence[GenerationRequest], batch_id: int, cached: CachedBatch | None, seq: int, step: int
-    ) -> StepResult:
-        return self._keep(self.engine.prefill(batch_id, requests, cached.id if cached else None, seq, step))
-
-    async def decode(self, batches: Sequence[CachedBatch], seq: int, step: int) -> StepResult:
-        return self._keep(self.engine.decode([batch.id for batch in batches], seq, step))
-
-    async def filter_batch(self, batch_id: int, request_ids: Sequence[int], seq: int) -> CachedBatch:
-        return self.engine.filter_batch(batch_id, request_ids, seq)
-
-    async def clear_cache(self, batch_id: int | None, seq: int) -> None:
-        self.engine.clear_cache(batch_id, seq)
-
-    async def health(self) -> tuple[ShardState, ...]:
-        return (self.engine.state(),)
-
-    async def steer(self, update: SteeringUpdate) -> None:
-        self.decisions.receive(self._session, update)
-
-    async def signals(self, step: int) -> StepSignals:
-        return self.sent.pop(step)
-
-    async def close(self) -> None:
-        pass
-
-    def _keep(self, outcome: tuple[StepResult, StepSignals]) -> StepResult:
-        result, signals = outcome
-        self.sent[signals.step] = signals
-        return result
 
 
 async def serve(

@@ -75,9 +75,13 @@ def test_text_gives_prices_that_meet_the_target_as_served(
 def test_a_loss_gives_the_cheapest_that_keeps_it(
     tiny: TinyWorld, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ranks = []
+    ranks, before = [], dict[Path, int]()
+    common = (f"--text={text}", "--tokens=256", "--window=64", f"--cache={tmp_path / 'labels'}")
     for loss in (0.0, 0.05, 100.0):
-        main(arguments(tiny, tmp_path / "p", f"--text={text}", f"--max-loss={loss}", "--tokens=256", "--window=64"))
+        main(arguments(tiny, tmp_path / "p", *common, f"--max-loss={loss}"))
+        kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "labels").iterdir()}
+        assert len(kept) == 4 and kept == (before or kept), "what is there is not measured again"
+        before = kept
         summary = result(capsys)
         assert summary["loss"] <= max(loss, 1e-4)
         ranks.append(summary["mean_rank"])

@@ -66,13 +66,13 @@ def test_both_ways_of_scoring_agree_at_a_fixed_rung(stack: Evaluator) -> None:
 
 
 def test_the_model_s_signals_steer_scored_tokens_in_decode_alone(stack: Evaluator) -> None:
-    """A prompt is planned from its ids; a decoded answer by entropies, and compressed as it grows."""
+    """A prompt is planned from its ids; a decoded answer by entropies. Both are compressed as they grow."""
     (by_prompt,) = evaluate_nll(stack, PASSAGES[1:2], ADAPTIVE, "prompt")
     (by_decode,) = evaluate_nll(stack, PASSAGES[1:2], ADAPTIVE, "decode")
     assert by_prompt.trace.chunks != by_decode.trace.chunks
     full = evaluate_nll(stack, PASSAGES[1:2], FULL, "decode")[0]
     assert by_decode.trace.kv_bytes_peak < full.trace.kv_bytes_peak
-    assert by_prompt.trace.kv_bytes_peak == full.trace.kv_bytes_peak
+    assert by_prompt.trace.kv_bytes_peak < full.trace.kv_bytes_peak
 
 
 @pytest.mark.parametrize("scoring", ["prompt", "decode"])

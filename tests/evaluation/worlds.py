@@ -29,7 +29,7 @@ FULL = SteeringMode("full", "a16")
 def evaluator(tiny: TinyWorld, batch_tokens: int = 2048, step_tokens: int = 64) -> Evaluator:
     """An evaluator over the tiny model with all its adapters."""
     cpu = torch.device("cpu")
-    model = Llama(tiny.model, SingleProcess(), torch.float32, cpu)
+    model = Llama(tiny.model, SingleProcess(), torch.float32, cpu, kernel_threads=1)
     store = AdapterStore(target_slices(model.spec, model.plan), torch.float32, cpu)
     for name, path in tiny.adapters.items():
         store.add(build_ladder(load_adapter(path, name, model.spec.target_shapes())))

@@ -61,6 +61,32 @@ def test_the_number_of_requests_is_bounded() -> None:
     assert ids(backlog.next_batch(live[:1], 1)) == [3]
 
 
+def test_growth_is_what_the_next_tokens_take_in_whole_pages() -> None:
+    capacity = replace(CAPACITY, growth_tokens=6)
+    assert [capacity.growth(request(5, 20), generated) for generated in (0, 1, 2, 3, 18, 20)] == [1, 1, 2, 2, 1, 0]
+    assert capacity.growth(request(4, 20), 0) == 2
+
+
+def test_by_pages_that_are_free_a_request_needs_its_tokens_and_room_to_grow() -> None:
+    """Prompts of four tokens take a page, and one more for growth; their answers of 40 tokens do not count."""
+    backlog = filled(replace(CAPACITY, growth_tokens=4), (4, 40), (4, 40), (4, 40))
+    assert (backlog.lacks(1), backlog.lacks(2)) == (True, False)
+    assert backlog.next_batch([request(4, 40)], 1, 1) == ()
+    assert ids(backlog.next_batch([request(4, 40)], 1, 5)) == [1, 2]
+    assert ids(backlog.next_batch([request(4, 40)], 1, 2)) == [3]
+    assert not backlog.lacks(-1), "nobody waits"
+
+
+def test_who_was_pre_empted_comes_first_and_has_all_its_tokens_computed_anew() -> None:
+    backlog = filled(replace(CAPACITY, growth_tokens=4), (4, 40))
+    back = replace(request(6, 40), id=9, resumed_ids=tuple(range(10)))
+    backlog.put_back(back)
+    assert backlog.lacks(4), "sixteen tokens and four to come"
+    batch = backlog.next_batch([], 2, 7)
+    assert [(each.id, each.chunk_len) for each in batch] == [(9, 14)]
+    assert backlog.remove(1)
+
+
 def test_a_cancelled_request_leaves_the_queue() -> None:
     backlog = filled(CAPACITY, (1, 1), (1, 1))
     assert backlog.remove(1)

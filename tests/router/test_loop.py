@@ -414,7 +414,6 @@ async def test_kv_decisions_reach_the_shards(model_dir: Path) -> None:
     shards = FakeShards()
     async with routing(shards, model_dir) as serving:
         await events(serving.loop.submit(request(20, 30, adapter="law")))
-    assert shards.kv_ends
     assert any(update.kv for update in shards.updates)
 
 

@@ -89,7 +89,9 @@ async def test_a_scrape_asks_the_shards(model_dir: Path) -> None:
 
 def test_a_format_that_is_not_in_use_any_more_falls_to_zero() -> None:
     metrics = Metrics(100)
-    metrics.shard_states([ShardState(), ShardState(3, 2, (KvUsage(KvFormat.INT8, 7, 700),), 9, 10)])
+    usage = (KvUsage(KvFormat.INT8, 7, 700),)
+    counts = {"kv_rewritten_pages": 8, "kv_dropped_tokens": 48, "kv_free_pages": 5, "kv_evicted_pages": 2}
+    metrics.shard_states([ShardState(), ShardState(3, 2, usage, 9, 10, kv_full_bytes=2800, **counts)])
     label = (("format", "int8"), ("shard", "1"))
     got = samples(metrics.render().decode())
     assert (got["chunkwise_kv_pages", label], got["chunkwise_kv_bytes", label]) == (7, 700)
@@ -97,5 +99,8 @@ def test_a_format_that_is_not_in_use_any_more_falls_to_zero() -> None:
     assert got["chunkwise_shard_sequences", (("shard", "1"),)] == 3
     assert got["chunkwise_shard_steered_requests", (("shard", "1"),)] == 2
     assert got["chunkwise_kv_bytes_budget", (("shard", "1"),)] == 9
+    assert {name: got[f"chunkwise_{name}", (("shard", "1"),)] for name in counts} == counts
+    ratios = [got["chunkwise_kv_compression_ratio", (("shard", shard),)] for shard in "01"]
+    assert ratios == [1.0, 0.25], "with nothing held there is nothing to compare"
     metrics.shard_states([ShardState(), ShardState()])
     assert samples(metrics.render().decode())["chunkwise_kv_pages", label] == 0

@@ -98,6 +98,26 @@ async def test_any_ids_are_mapped_to_ours_and_back(tokenizer: Tokenizer) -> None
     assert (await relay.decode([0])).batch is not None
 
 
+async def test_when_pages_run_out_requests_are_compressed_and_none_is_taken_out(tokenizer: Tokenizer) -> None:
+    """Whom to admit is the caller's business; here it has let in more than may grow much longer."""
+    shards = FakeShards(kv_pages=20)
+    relay = await relay_to(shards, tokenizer, replace(POLICY, kv=replace(POLICY.kv, when="pressure")))
+    texts = Texts()
+    asked = [ask(id, "hello" * 3, 34) for id in range(2)]
+    result = texts.take(await relay.prefill(0, asked, None))
+    seen: list[tuple[int, set[int]]] = []
+    while result.batch is not None:
+        assert result.batch.free_pages is not None
+        told = {decision.request_id for update in shards.updates for decision in update.kv}
+        seen.append((result.batch.free_pages, told))
+        result = texts.take(await relay.decode([0]))
+    assert texts.ended == {each.id: expected(tokenizer, each) for each in asked}
+    assert not any(told for free, told in seen[:5]), "while there is room"
+    assert seen[-1][1] == {1, 2}
+    assert len(shards.named("prefill")) == 1
+    assert not shards.named("filter_batch")
+
+
 async def test_equal_ids_in_one_batch_are_different_requests(tokenizer: Tokenizer) -> None:
     """As in Warmup, where all ids are 0."""
     shards = FakeShards()

@@ -133,7 +133,7 @@ def copies(tiny: TinyWorld, tmp_path: Path) -> dict[str, Path]:
 def answers(driver: Driver, names: Sequence[str]) -> list[list[int]]:
     """Tokens of one request after another."""
     for id, name in enumerate(names):
-        result = driver.prefill([request(id, "_the _cat", new=3, adapter=name)])
+        result = driver.prefill([request(id, "_the _cat", new=3, adapter_id=name)])
         while result.batch is not None:
             result = driver.decode(result.batch)
     return [driver.tokens.get(id, []) for id in range(len(names))]
@@ -150,6 +150,8 @@ def test_an_evicted_adapter_that_is_gone_ends_its_requests_alone(tiny: TinyWorld
     first, *_, last = copies
     driver = Driver(tiny.model, copies, adapter_slots=1)
     shutil.rmtree(copies[last])
-    result = driver.prefill([request(1, new=3, adapter=first), request(2, new=3, adapter=last), request(3, new=3)])
+    result = driver.prefill(
+        [request(1, new=3, adapter_id=first), request(2, new=3, adapter_id=last), request(3, new=3)]
+    )
     assert result.batch is not None and result.batch.request_ids == (1, 3)
     assert list(driver.errors) == [2] and last in driver.errors[2]

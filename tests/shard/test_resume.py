@@ -153,6 +153,31 @@ def test_a_resumed_request_that_has_nothing_left_to_generate_is_refused(driver: 
     assert "resumed id 999 is beyond the vocabulary" in driver.errors[2]
 
 
+def test_the_state_tells_what_compression_saved_and_what_gave_way(tiny: TinyWorld) -> None:
+    driver = Driver(tiny.model, total_tokens=12 * 16, prefill_tokens=128)
+    page = driver.engine.state().kv_bytes_budget // 12
+    kv = (KvDecision(1, 16, 48, KvFormat.INT8, effective=64), KvDecision(1, 48, 64, KvFormat.FULL, 100, effective=80))
+    driver.steer(SteeringUpdate(1, kv=kv))
+    recorder = Recorder(driver)
+    batch = recorder.take(driver.prefill([request(1, "x" * 100, 3)], seq=1)).batch
+    while batch is not None and not recorder.got:
+        batch = recorder.take(driver.decode(batch, seq=1)).batch
+    state = driver.engine.state()
+    held = sum(usage.bytes for usage in state.kv)
+    assert state.kv_full_bytes == 7 * page
+    assert 4 * page < held < 5 * page, "four full ones, two in 8 bits, one gone"
+    kept = sum(usage.idle for usage in state.kv)
+    assert state.kv_free_pages == (12 * page - held - kept * page) // page
+    while batch is not None:
+        batch = recorder.take(driver.decode(batch, seq=1)).batch
+    ending = recorder.got[1][-1].text
+    assert ending is not None
+    assert (ending.kv_bytes, ending.kv_full_bytes) == (held, 7 * page)
+    assert driver.engine.state().kv_full_bytes == 0
+    driver.run(request(2, "y" * 170, 2))
+    assert driver.engine.state().kv_evicted_pages > 0
+
+
 def test_free_pages_tell_what_the_known_tokens_leave(driver: Driver) -> None:
     """A token more is known than computed, so a page counts from the step on that chose its first token."""
     total = driver.limits.max_supported_total_tokens // 16

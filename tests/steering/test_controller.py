@@ -117,6 +117,61 @@ def test_release_drops_what_was_not_sent_reports_and_is_sent_once() -> None:
     assert controller.flush() is None
 
 
+def test_a_pre_empted_request_is_released_and_all_its_decisions_are_sent_again_when_it_comes_back() -> None:
+    controller = SteeringController(POLICY)
+    for request_id in (1, 2):
+        controller.admit(request_id, [7] * 8, ADAPTER)
+    first = flushed(controller)
+    chunks = [decision for decision in first.chunks if decision.request_id == 1]
+    kv = [decision for decision in first.kv if decision.request_id == 1]
+    for position in range(7, 13):
+        controller.observe(signals(position, (1, position), (2, position)))
+        for request_id in (1, 2):
+            controller.extend(request_id, 9)
+        if position < 12:
+            update = controller.flush()
+            chunks += [decision for decision in update.chunks if decision.request_id == 1] if update else []
+            kv += [decision for decision in update.kv if decision.request_id == 1] if update else []
+    controller.pause(1)
+    update = flushed(controller)
+    assert update.released == (1,)
+    assert {decision.request_id for decision in (*update.chunks, *update.kv)} <= {2}
+    controller.resume(1)
+    update = flushed(controller)
+    replayed = [decision for decision in update.chunks if decision.request_id == 1]
+    assert replayed[: len(chunks)] == chunks
+    assert [decision.start for decision in replayed] == [0, 4, 8, 12]
+    assert [decision for decision in update.kv if decision.request_id == 1][: len(kv)] == kv
+    controller.observe(signals(13, (1, 5), (2, 13)))
+    controller.observe(signals(14, (1, 13)))
+    with pytest.raises(SteeringViolation, match="position 13 after 14"):
+        controller.observe(signals(15, (1, 13)))
+    controller.pause(1)
+    controller.release(1)
+    assert 1 in flushed(controller).released
+
+
+def test_signals_that_come_while_a_request_is_pre_empted_count_and_lost_ones_are_done_without() -> None:
+    whole, paused = SteeringController(POLICY), SteeringController(POLICY)
+    for controller in (whole, paused):
+        controller.admit(1, [7] * 6, ADAPTER)
+        controller.extend(1, 9)
+        controller.extend(1, 9)
+    whole.observe(signals(0, (1, 5)))
+    whole.observe(signals(1, (1, 6)))
+    paused.pause(1)
+    flushed(paused)
+    paused.observe(signals(0, (1, 5)))
+    paused.resume(1)
+    assert [decision.start for decision in flushed(paused).chunks] == [
+        decision.start for decision in flushed(whole).chunks
+    ]
+    for controller in (whole, paused):
+        controller.observe(signals(2, (1, 7)))
+        controller.extend(1, 9)
+        controller.observe(signals(3, (1, 8)))
+
+
 def test_report_of_a_live_request_is_that_of_its_release() -> None:
     controller = SteeringController(POLICY)
     controller.admit(1, [7] * 10, ADAPTER)

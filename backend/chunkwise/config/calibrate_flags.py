@@ -40,6 +40,7 @@ def add_calibrate_parser(commands: argparse._SubParsersAction[argparse.ArgumentP
     add("--min-length", type=int, default=8, help="text: fewest tokens of a chunk (default: 8)")
     add("--limit", type=int, default=64, help="answers: rows to use, drawn from the part (default: 64)")
     add("--target", choices=EVAL_TARGETS, default="fra", help="language to translate English into (default: fra)")
+    add("--cache", type=Path, metavar="DIR", help="text: keep labels here, to try other aims or go on after a stop")
     add("--seed", type=int, default=0, help="seed of the draw (default: 0)")
     add("--threads", type=int, help="CPU threads; default: the machine's cores")
     add("--batch-tokens", type=int, default=8192, help="tokens held at once, answers included (default: 8192)")

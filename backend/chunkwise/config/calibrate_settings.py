@@ -46,7 +46,7 @@ class AnswerSource:
 
 @dataclass(frozen=True, slots=True)
 class CalibrateSettings:
-    """Everything ``chunkwise calibrate`` needs."""
+    """Everything ``chunkwise calibrate`` needs; ``cache`` None keeps no labels."""
 
     engine: EngineChoice
     adapter: AdapterSource
@@ -54,6 +54,7 @@ class CalibrateSettings:
     aim: Aim
     seed: int
     out: Path
+    cache: Path | None
 
 
 def calibrate_settings(args: argparse.Namespace) -> CalibrateSettings:
@@ -85,6 +86,7 @@ def calibrate_settings(args: argparse.Namespace) -> CalibrateSettings:
         aim=Aim(args.target_rank, args.max_loss),
         seed=args.seed,
         out=args.out,
+        cache=args.cache,
     )
 
 

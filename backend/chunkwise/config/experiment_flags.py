@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-EXPERIMENTS = ("ablation", "crossfade", "ranks", "kv")
+EXPERIMENTS = ("ablation", "crossfade", "ranks", "policies", "kv")
 
 
 def add_experiments_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -18,7 +18,7 @@ def add_experiments_parser(commands: argparse._SubParsersAction[argparse.Argumen
         "name",
         choices=EXPERIMENTS,
         help="ablation: signals of the complexity estimator; crossfade: its window; ranks: quality against rank for "
-        "four ladders and the policies; kv: quality and bytes of KV policies",
+        "four ladders and the policies; policies: these alone; kv: quality and bytes of KV policies",
     )
     add("--model-id", required=True, help="directory of a Hugging Face LLaMA checkpoint, or its id on the Hub")
     add(
@@ -37,8 +37,8 @@ def add_experiments_parser(commands: argparse._SubParsersAction[argparse.Argumen
         action="append",
         default=[],
         metavar="FILE.toml",
-        help="ranks, kv: a policy to measure; ablation, crossfade: the one to vary (default: a built-in one); "
-        "may be given several times, a policy made for other adapters is passed over; kv takes names of formats too",
+        help="ranks, policies, kv: a policy to measure; ablation, crossfade: the one to vary (default: built in); may "
+        "be given several times, a policy made for other adapters is passed over; kv takes names of formats too",
     )
     add("--items", type=int, help="items per task instead of the experiment's own number")
     add("--seed", type=int, default=0, help="seed of the draw of items and of the bootstrap (default: 0)")

@@ -12,7 +12,7 @@ from chunkwise.config.eval_settings import EngineChoice
 from chunkwise.config.flags import InvalidFlags
 from chunkwise.config.settings import AdapterSource
 
-ExperimentName = Literal["ablation", "crossfade", "ranks", "kv"]
+ExperimentName = Literal["ablation", "crossfade", "ranks", "policies", "kv"]
 SubjectTask = Literal["wikitext", "squad", "translation"]
 
 _CALIBRATION_TOKENS, _QUICK_CALIBRATION_TOKENS = 4096, 1024

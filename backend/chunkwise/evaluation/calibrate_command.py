@@ -16,14 +16,15 @@ from chunkwise.config.eval_settings import Selection
 from chunkwise.core import AdapterInfo, ChunkwiseError
 from chunkwise.evaluation.correlations import Correlation, correlations
 from chunkwise.evaluation.driver import Evaluator, load_evaluator
-from chunkwise.evaluation.identity import file_hash
+from chunkwise.evaluation.identity import file_hash, model_hash
 from chunkwise.evaluation.perplexity import answer_passage, windows
 from chunkwise.evaluation.policy_text import section_text
 from chunkwise.evaluation.prices import cross_fit, find_price, fit_prices, measure_price
 from chunkwise.evaluation.progress import open_progress
-from chunkwise.evaluation.rank_labels import RankLabels, measure_labels
+from chunkwise.evaluation.rank_labels import LabelCache, RankLabels, measure_labels
 from chunkwise.evaluation.role_grid import RoleGrid
 from chunkwise.evaluation.rows import completion, draw, read_rows, read_text, take_share
+from chunkwise.hub import locate
 
 _DECIMALS = 5
 
@@ -72,7 +73,11 @@ def _from_text(evaluator: Evaluator, adapter: AdapterInfo, source: TextSource, s
     limit = max(source.tokens // source.window, 2)
     texts = [passage.ids for passage in draw(passages, Selection(limit, 0.0, settings.seed))]
     progress = open_progress(len(texts), 0)
-    labels = measure_labels(evaluator, adapter, texts, lambda: progress.update(1))
+    cache = _cache(settings, evaluator)
+    try:
+        labels = measure_labels(evaluator, adapter, texts, lambda: progress.update(1), cache)
+    except OSError as error:
+        raise CalibrationFailed(f"labels cannot be kept: {error}; choose another folder with --cache") from error
     progress.close()
 
     folds = cross_fit(labels)
@@ -140,6 +145,13 @@ def _from_answers(
     ]
     tried = [asdict(p) for p in grid.tried]
     return _Result(section, {"rows": len(passages), "answer_tokens": tokens, **asdict(pair), "tried": tried}, table)
+
+
+def _cache(settings: CalibrateSettings, evaluator: Evaluator) -> LabelCache | None:
+    if settings.cache is None:
+        return None
+    model = model_hash(locate(settings.engine.model_id, None))
+    return LabelCache(settings.cache, f"{__version__} {model} {evaluator.dtype}")
 
 
 def _too_low(aim: Aim, rank: float, loss: float) -> bool:

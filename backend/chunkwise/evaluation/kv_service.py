@@ -21,7 +21,7 @@ from chunkwise.core import (
 )
 from chunkwise.evaluation.helm import LocalHelm
 from chunkwise.shard.decisions import DecisionTable
-from chunkwise.shard.engine import PAGE_SIZE, Engine
+from chunkwise.shard.engine import Engine
 
 ALWAYS = {
     "full": KvPolicy(kind="full"),
@@ -73,7 +73,8 @@ def serve(
         for id, ids in enumerate(prompts, start=1)
     ]
     before, run = restart_peak(), _Run(len(prompts))
-    for result, state, seconds in _steps(engine, LocalHelm(decisions, SteeringPolicy(kv=kv), PAGE_SIZE), requests):
+    helm = LocalHelm(decisions, SteeringPolicy(kv=kv), engine.info().page_size)
+    for result, state, seconds in _steps(engine, helm, requests):
         run.take(result, state, seconds)
     return Service(
         held={usage.format.name.lower(): usage.pages for usage in run.together.kv},

@@ -6,8 +6,12 @@ sums are kept.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +20,7 @@ from torch import Tensor
 
 from chunkwise.core import AdapterInfo
 from chunkwise.evaluation.driver import Evaluator
+from chunkwise.evaluation.identity import ladder_identity
 from chunkwise.evaluation.jobs import Job
 from chunkwise.evaluation.modes import fixed_rung
 
@@ -80,19 +85,55 @@ class _Comparison:
         self.kl += torch.linalg.vecdot(full.exp(), full - logits.log_softmax(dim=-1)).tolist()
 
 
+@dataclass(frozen=True, slots=True)
+class LabelCache:
+    """Labels in files, one per text, so that another aim, or a run after an interruption, need not measure them again.
+    ``identity`` is of the model and how it computes; what else labels depend on is added here."""
+
+    folder: Path
+    identity: str
+
+    def path(self, adapter: AdapterInfo, text: tuple[int, ...]) -> Path:
+        """Where the labels of one text are, or will be."""
+        key = json.dumps([self.identity, ladder_identity(adapter), text])
+        return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()}.npz"
+
+
 def measure_labels(
-    evaluator: Evaluator, adapter: AdapterInfo, texts: Sequence[tuple[int, ...]], done: Callable[[], object]
+    evaluator: Evaluator,
+    adapter: AdapterInfo,
+    texts: Sequence[tuple[int, ...]],
+    done: Callable[[], object],
+    cache: LabelCache | None = None,
 ) -> list[RankLabels]:
     """The labels of texts, each a sequence of its own of at least two tokens; ``done`` is called after each of them.
 
     Raises:
         InvalidRequest: a text longer than the model or the evaluator's KV cache.
+        OSError: the cache cannot be written.
     """
     labels = []
     for text in texts:
-        labels.append(_labels(evaluator, adapter, text))
+        path = cache.path(adapter, text) if cache is not None else None
+        if path is not None and path.exists():
+            with np.load(path) as stored:
+                label = RankLabels(text, stored["kl"], stored["nll"], stored["entropy"])
+        else:
+            label = _labels(evaluator, adapter, text)
+            if path is not None:
+                _store(path, label)
+        labels.append(label)
         done()
     return labels
+
+
+def _store(path: Path, label: RankLabels) -> None:
+    """The file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    with partial.open("wb") as file:
+        np.savez(file, kl=label.kl, nll=label.nll, entropy=label.entropy)
+    partial.replace(path)
 
 
 def _labels(evaluator: Evaluator, adapter: AdapterInfo, text: tuple[int, ...]) -> RankLabels:

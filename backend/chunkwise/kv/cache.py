@@ -80,6 +80,11 @@ class KvCache:
             pass
         return self.allocator.allocate(kind)
 
+    def full_bytes(self, dropped_tokens: int) -> int:
+        """What the pages that sequences hold, and so many dropped tokens, would take in full."""
+        pages = sum(self.allocator.pages(kind) for kind in KvFormat) + dropped_tokens // self.shape.page_size
+        return pages * self.allocator.page_bytes[KvFormat.FULL]
+
     def usage(self) -> tuple[KvUsage, ...]:
         """Per format: pages that sequences hold, their bytes, and the pages kept for reuse alone."""
         pages = self.allocator

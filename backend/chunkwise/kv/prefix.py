@@ -40,6 +40,7 @@ class PrefixCache:
         self._nodes: set[PrefixNode] = set()
         self._time = 0
         self.reused_pages = 0
+        self.evicted_pages = 0
 
     def pages(self) -> list[PageRef]:
         """All pages kept."""
@@ -84,6 +85,7 @@ class PrefixCache:
         last = [node for node in idle if not node.children]
         for node in sorted(last or idle, key=lambda node: node.used)[:_EVICTED_AT_ONCE]:
             self._drop(node)
+            self.evicted_pages += 1
         return bool(idle)
 
     def forget(self, pages: Collection[PageRef]) -> bool:

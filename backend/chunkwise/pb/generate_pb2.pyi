@@ -101,6 +101,9 @@ class ShardState(google.protobuf.message.Message):
     REUSED_TOKENS_FIELD_NUMBER: builtins.int
     KV_REWRITTEN_PAGES_FIELD_NUMBER: builtins.int
     KV_DROPPED_TOKENS_FIELD_NUMBER: builtins.int
+    KV_FULL_BYTES_FIELD_NUMBER: builtins.int
+    KV_FREE_PAGES_FIELD_NUMBER: builtins.int
+    KV_EVICTED_PAGES_FIELD_NUMBER: builtins.int
     sequences: builtins.int
     """sequences is the number of live requests."""
     steered_requests: builtins.int
@@ -117,6 +120,12 @@ class ShardState(google.protobuf.message.Message):
     """
     kv_dropped_tokens: builtins.int
     """kv_dropped_tokens counts, since the start, token positions of requests whose keys and values KV decisions gave up."""
+    kv_full_bytes: builtins.int
+    """kv_full_bytes is what the pages in use, and those that live requests have dropped, would take in format "full"."""
+    kv_free_pages: builtins.int
+    """kv_free_pages is the number of pages of format "full" that there is room for while all idle pages are kept."""
+    kv_evicted_pages: builtins.int
+    """kv_evicted_pages counts, since the start, pages kept for reuse that gave way to requests."""
     @property
     def kv_pages(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___KvPages]:
         """kv_pages lists the pages of each format that are in use."""
@@ -132,8 +141,11 @@ class ShardState(google.protobuf.message.Message):
         reused_tokens: builtins.int = ...,
         kv_rewritten_pages: builtins.int = ...,
         kv_dropped_tokens: builtins.int = ...,
+        kv_full_bytes: builtins.int = ...,
+        kv_free_pages: builtins.int = ...,
+        kv_evicted_pages: builtins.int = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["kv_bytes_budget", b"kv_bytes_budget", "kv_dropped_tokens", b"kv_dropped_tokens", "kv_pages", b"kv_pages", "kv_rewritten_pages", b"kv_rewritten_pages", "resident_bytes", b"resident_bytes", "reused_tokens", b"reused_tokens", "sequences", b"sequences", "steered_requests", b"steered_requests"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["kv_bytes_budget", b"kv_bytes_budget", "kv_dropped_tokens", b"kv_dropped_tokens", "kv_evicted_pages", b"kv_evicted_pages", "kv_free_pages", b"kv_free_pages", "kv_full_bytes", b"kv_full_bytes", "kv_pages", b"kv_pages", "kv_rewritten_pages", b"kv_rewritten_pages", "resident_bytes", b"resident_bytes", "reused_tokens", b"reused_tokens", "sequences", b"sequences", "steered_requests", b"steered_requests"]) -> None: ...
 
 Global___ShardState: typing_extensions.TypeAlias = ShardState
 
@@ -623,10 +635,16 @@ class GeneratedText(google.protobuf.message.Message):
     GENERATED_TOKENS_FIELD_NUMBER: builtins.int
     FINISH_REASON_FIELD_NUMBER: builtins.int
     SEED_FIELD_NUMBER: builtins.int
+    KV_BYTES_FIELD_NUMBER: builtins.int
+    KV_FULL_BYTES_FIELD_NUMBER: builtins.int
     text: builtins.str
     generated_tokens: builtins.int
     finish_reason: Global___FinishReason.ValueType
     seed: builtins.int
+    kv_bytes: builtins.int
+    """kv_bytes is what the pages take that the request held at its end, in bytes on the shard that sends this."""
+    kv_full_bytes: builtins.int
+    """kv_full_bytes is what its tokens would have taken in format "full"."""
     def __init__(
         self,
         *,
@@ -634,9 +652,11 @@ class GeneratedText(google.protobuf.message.Message):
         generated_tokens: builtins.int = ...,
         finish_reason: Global___FinishReason.ValueType = ...,
         seed: builtins.int | None = ...,
+        kv_bytes: builtins.int = ...,
+        kv_full_bytes: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_seed", b"_seed", "seed", b"seed"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "finish_reason", b"finish_reason", "generated_tokens", b"generated_tokens", "seed", b"seed", "text", b"text"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_seed", b"_seed", "finish_reason", b"finish_reason", "generated_tokens", b"generated_tokens", "kv_bytes", b"kv_bytes", "kv_full_bytes", b"kv_full_bytes", "seed", b"seed", "text", b"text"]) -> None: ...
     def WhichOneof(self, oneof_group: typing.Literal["_seed", b"_seed"]) -> typing.Literal["seed"] | None: ...
 
 Global___GeneratedText: typing_extensions.TypeAlias = GeneratedText

@@ -31,6 +31,11 @@ class Capacity:
         """Positions that a request may come to hold: prompt and longest answer, rounded up to whole pages."""
         return self.pages(prompt_length(request) + request.stopping.max_new_tokens) * self.page_size
 
+    @property
+    def most_growth(self) -> int:
+        """The most that `growth` may be."""
+        return self.pages(self.growth_tokens)
+
     def growth(self, request: GenerationRequest, generated: int) -> int:
         """Pages that a request with so many generated tokens takes for its next ``growth_tokens``, at most."""
         known, longest = prompt_length(request) + generated, prompt_length(request) + request.stopping.max_new_tokens

@@ -210,6 +210,9 @@ class Loop:
 
     def _is_short(self) -> bool:
         """Whether the live requests have no room to grow, or the next one that waits has no room to come in."""
+        free = self._batch.free_pages
+        if free is None or (not self._backlog and free >= len(self._live) * self._capacity.most_growth):
+            return False
         spare = self._spare_pages()
         return spare is not None and (spare < 0 or self._backlog.lacks(spare))
 

@@ -120,7 +120,8 @@ class Metrics:
         by_format = ["shard", "format"]
         self.kv_pages = Gauge("chunkwise_kv_pages", "KV pages in use", by_format, registry=registry)
         self.kv_idle = Gauge("chunkwise_kv_idle_pages", "KV pages kept for reuse alone", by_format, registry=registry)
-        self.kv_bytes = Gauge("chunkwise_kv_bytes", "Bytes of those pages", by_format, registry=registry)
+        self.kv_bytes = Gauge("chunkwise_kv_bytes", "Bytes of those in use", by_format, registry=registry)
+        self._make_kv_metrics()
         self.kv_budget = Gauge("chunkwise_kv_bytes_budget", "Bytes the KV cache may hold", ["shard"], registry=registry)
         self.sequences = Gauge("chunkwise_shard_sequences", "Live requests", ["shard"], registry=registry)
         self.steered = Gauge(
@@ -132,6 +133,16 @@ class Metrics:
         self.resident_bytes = Gauge(
             "chunkwise_shard_resident_bytes", "Resident set size of the process", ["shard"], registry=registry
         )
+
+    def _make_kv_metrics(self) -> None:
+        def by_shard(name: str, documentation: str) -> Gauge:
+            return Gauge(f"chunkwise_kv_{name}", documentation, ["shard"], registry=self.registry)
+
+        self.kv_free = by_shard("free_pages", "Full pages there is room for beside those in use and those kept")
+        self.kv_ratio = by_shard("compression_ratio", "Bytes in use over what the same tokens would take in full")
+        self.kv_rewritten = by_shard("rewritten_pages", "Pages turned into smaller ones, fewer or none since the start")
+        self.kv_dropped = by_shard("dropped_tokens", "Tokens whose keys and values were given up since the start")
+        self.kv_evicted = by_shard("evicted_pages", "Kept pages that gave way to requests since the start")
 
     def step_done(self, method: str, seconds: float, result: StepResult) -> None:
         """One step went well."""
@@ -165,6 +176,12 @@ class Metrics:
                 self.kv_idle.labels(shard, kind.name.lower()).set(held.idle if held is not None else 0)
                 self.kv_bytes.labels(shard, kind.name.lower()).set(held.bytes if held is not None else 0)
             self.kv_budget.labels(shard).set(state.kv_bytes_budget)
+            stored = sum(kv.bytes for kv in state.kv)
+            self.kv_ratio.labels(shard).set(stored / state.kv_full_bytes if state.kv_full_bytes else 1.0)
+            self.kv_free.labels(shard).set(state.kv_free_pages)
+            self.kv_rewritten.labels(shard).set(state.kv_rewritten_pages)
+            self.kv_dropped.labels(shard).set(state.kv_dropped_tokens)
+            self.kv_evicted.labels(shard).set(state.kv_evicted_pages)
             self.sequences.labels(shard).set(state.sequences)
             self.steered.labels(shard).set(state.steered_requests)
             self.reused_tokens.labels(shard).set(state.reused_tokens)

@@ -86,6 +86,7 @@ class Engine:
         self._eos_id = min(tokenizer.eos_ids, default=0)
         self._batches: dict[int, list[Sequence]] = {}
         self._live = 0
+        self._dropped = 0
         self._runner: StepRunner | None = None
         self._limits: WarmupLimits | None = None
         self._observe: Callable[[SequenceOf[Sequence]], None] | None = None
@@ -122,6 +123,9 @@ class Engine:
             reused_tokens=cache.prefix.reused_pages * PAGE_SIZE if cache else 0,
             kv_rewritten_pages=cache.rewritten_pages if cache else 0,
             kv_dropped_tokens=cache.dropped_tokens if cache else 0,
+            kv_full_bytes=cache.full_bytes(self._dropped) if cache else 0,
+            kv_free_pages=cache.allocator.free(KvFormat.FULL) if cache else 0,
+            kv_evicted_pages=cache.prefix.evicted_pages if cache else 0,
         )
 
     def warmup(
@@ -210,6 +214,7 @@ class Engine:
         self._release([s for s in sequences if s not in kept])
         if kept:
             self._batches[batch_id] = kept
+        self._tally()
         self._decisions.apply(seq)
         return self._describe(batch_id, kept)
 
@@ -217,6 +222,7 @@ class Engine:
         """Releases one batch, or all. An unknown batch is no error."""
         for id in list(self._batches) if batch_id is None else [batch_id]:
             self._release(self._batches.pop(id, []))
+        self._tally()
         self._decisions.apply(seq)
 
     def watch(self, observe: Callable[[SequenceOf[Sequence]], None]) -> None:
@@ -250,6 +256,7 @@ class Engine:
         live = [s for s in sequences if s not in outcome.ended]
         if live:
             self._batches[batch_id] = live
+        self._tally()
         emits = self._model.group.rank == 0
         result = StepResult(
             generations=tuple(refused + outcome.generations) if emits else (),
@@ -315,6 +322,10 @@ class Engine:
             current_tokens=next_step_tokens(sequences, self._runner.budget) if self._runner else 0,
             free_pages=self._free_pages(),
         )
+
+    def _tally(self) -> None:
+        """Counts what `state` tells of the live sequences: they are not safe to look at while a step runs."""
+        self._dropped = sum(s.kv.dropped for sequences in self._batches.values() for s in sequences)
 
     def _free_pages(self) -> int:
         """See `CachedBatch`. Tokens that are dropped later count in full: they are computed first."""

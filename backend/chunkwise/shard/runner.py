@@ -228,10 +228,17 @@ class StepRunner:
         if reason is not None:
             sampling = sequence.request.sampling
             seed = sampling.seed if sampling.samples else None
-            ending = GeneratedText(sequence.detokenizer.text, sequence.generated, reason, seed)
+            held, full = self._bytes(sequence)
+            ending = GeneratedText(sequence.detokenizer.text, sequence.generated, reason, seed, held, full)
             outcome.ended.append(sequence)
         prefill = self._prefill_tokens(sequence) if sequence.generated == 1 else ()
         outcome.generations.append(Generation(sequence.request.id, token, ending, top, prefill_tokens=prefill))
+
+    def _bytes(self, sequence: Sequence) -> tuple[int, int]:
+        """What a sequence's pages take, and what its computed tokens would take in full."""
+        sizes = self._cache.allocator.page_bytes
+        full = -(-sequence.computed // self._cache.shape.page_size) * sizes[KvFormat.FULL]
+        return sum(sizes[page.format] for page in sequence.pages), full
 
     def _prefill_tokens(self, sequence: Sequence) -> tuple[Token, ...]:
         """The prompt with its logprobs, if asked for. The first token has none: NaN."""

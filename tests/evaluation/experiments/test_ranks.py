@@ -103,3 +103,13 @@ def test_people_see_one_table_of_rungs_per_number(out: Path) -> None:
 def test_the_fitted_ladder_is_kept(out: Path) -> None:
     names = sorted(path.name.split("-")[0] for path in (out / "ladders").iterdir())
     assert names == ["mine", "other"]
+
+
+def test_policies_alone_are_those_of_the_whole_experiment(tiny: TinyWorld, out: Path) -> None:
+    """In the same folder, so nothing is run again; the rows are the same."""
+    data = {name: out / name for name in ("wikitext", "squad", "translation")}
+    runs = set((out / "runs").iterdir())
+    main(flags("policies", tiny, data, out, "squad", f"--policy={out / 'roles.toml'}"))
+    assert set((out / "runs").iterdir()) == runs
+    assert rows(out / "policies.csv") == rows(out / "ranks-policies.csv", adapter="mine")
+    assert {row["metric"] for row in rows(out / "policies.csv")} == {"nll_per_token", "exact_match", "f1"}

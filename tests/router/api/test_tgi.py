@@ -98,6 +98,7 @@ async def test_chunk_details_tile_prompt_and_answer(model_dir: Path) -> None:
         assert {chunk["kv"] for chunk in chunks} <= {"full", "int8", "int4"}
         mean = sum((c["end"] - c["start"]) * c["rank"] for c in chunks) / 22
         assert details["mean_rank"] == pytest.approx(mean)
+        assert (details["kv_bytes"], details["kv_bytes_saved"]) == (2200, 6600)
         assert set(chunks[0]) == {
             "start",
             "end",

@@ -94,28 +94,11 @@ def _subject(
         ranks = figures.mean_ranks(records)
         fixed = matched_ladder(weights, ladder, ranks.all)
         with lab.resident(fixed) as adapters:
-            mode = fixed_rung(fixed.rungs[0], adapters[fixed.name])
-            reference = lab.run(at_once, mode, fixed.name)
+            reference = lab.run(at_once, fixed_rung(fixed.rungs[0], adapters[fixed.name]), fixed.name)
         difference = figures.difference(measure, records, reference, _METRIC)
-        values = (figures.value(measure, run, _METRIC) for run in (records, reference))
-        adaptive, constant = values
-        cost = executed_ranks(fixed)[0]
-        rows.append(
-            (
-                weights.name,
-                measure.name,
-                arm,
-                ranks.all,
-                ranks.prompt,
-                ranks.answer,
-                adaptive,
-                cost,
-                constant,
-                difference,
-            )
-        )
+        steered = (ranks.all, ranks.prompt, ranks.answer, figures.value(measure, records, _METRIC))
+        constant = (executed_ranks(fixed)[0], figures.value(measure, reference, _METRIC))
+        rows.append((weights.name, measure.name, arm, *steered, *constant, difference))
         series.append(Series(arm, (), (difference,)))
-    panel = Panel(
-        f"{weights.name}, {measure.name}", "NLL per token less that of the fixed rung", "", series, names=True
-    )
-    return rows, panel
+    title, xlabel = f"{weights.name}, {measure.name}", "NLL per token less that of the fixed rung"
+    return rows, Panel(title, xlabel, "", series, names=True)

@@ -17,6 +17,7 @@ _EXPERIMENTS: dict[ExperimentName, Callable[[Lab, ExperimentSettings], Report]] 
     "ablation": ablation.run,
     "crossfade": crossfade.run,
     "ranks": ranks.run,
+    "policies": ranks.run_policies,
     "kv": kv.run,
 }
 _INTERRUPTED = 130

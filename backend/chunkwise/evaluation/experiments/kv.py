@@ -58,7 +58,8 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
 
 
 def kv_policies(names: Sequence[str]) -> dict[str, SteeringPolicy]:
-    """Policies by name, the uncompressed one first: kinds, always in force, and files, whose ranks are not used.
+    """Policies by name, the uncompressed one first: kinds, and files, whose ranks are not used. All are always in
+    force, because nothing here runs short of memory.
 
     Raises:
         InvalidPolicy: a name that is neither a kind nor a policy file.
@@ -69,7 +70,8 @@ def kv_policies(names: Sequence[str]) -> dict[str, SteeringPolicy]:
         if kind is not None:
             policies[name] = SteeringPolicy(kv=KvPolicy(kind=kind, when="always"))
         else:
-            policies[Path(name).stem] = load_policy(Path(name))
+            policy = load_policy(Path(name))
+            policies[Path(name).stem] = replace(policy, kv=replace(policy.kv, when="always"))
     return policies
 
 

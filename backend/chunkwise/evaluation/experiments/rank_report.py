@@ -70,6 +70,9 @@ class _Read:
             return None
         return figures.value(self.measured.measure, records, _PERPLEXITY)
 
+    def gain(self, steered: Steered) -> Interval:
+        return figures.difference(self.measured.measure, steered.records, steered.fixed.records, self.reading.metric)
+
     def losses(self, curve: Sequence[Point]) -> list[Interval]:
         return [figures.loss_against_full(self.measured.measure, point, curve[-1], self.reading) for point in curve]
 
@@ -95,17 +98,37 @@ def rank_report(measured: Sequence[Measured], notes: Sequence[str]) -> Report:
         (*_HEAD, "curve", "AURAC", "more", "enough", "surely", "MB", "saved"),
         [row for one in read for row in (*_area_rows(one), *_steered_area_rows(one))],
     )
-    policies = Table(
-        "ranks-policies",
-        "Policies against the fixed rung of the same mean rank",
-        (*_HEAD, "policy", "mean rank", "prompt", "answer", "value", "fixed rank", "fixed value", "difference"),
-        [row for one in read for row in _steered_rows(one)],
-    )
+    policies = _policies_table("ranks-policies", read)
     shown = [_rungs_by_ladder(one) for one in read]
     if policies.rows:
         shown.append(policies)
     tables = [fixed, areas, *([policies] if policies.rows else [])]
     return Report(notes, tables, [_panel(one) for one in read], shown=[*shown, areas])
+
+
+def policies_report(measured: Sequence[Measured], notes: Sequence[str]) -> Report:
+    """The table of the policies alone, and a plot of the differences; no curves are needed."""
+    read = [_Read(one, reading) for one in measured for reading in one.measure.readings if one.steered]
+    panels = [
+        Panel(
+            one.title,
+            f"{one.reading.metric} less that of the fixed rung",
+            "",
+            [Series(steered.name, [0.0], [one.gain(steered)]) for steered in one.measured.steered],
+            names=True,
+        )
+        for one in read
+    ]
+    return Report(notes, [_policies_table("policies", read)], panels)
+
+
+def _policies_table(name: str, read: Sequence[_Read]) -> Table:
+    return Table(
+        name,
+        "Policies against the fixed rung of the same mean rank",
+        (*_HEAD, "policy", "mean rank", "prompt", "answer", "value", "fixed rank", "fixed value", "difference"),
+        [row for one in read for row in _steered_rows(one)],
+    )
 
 
 def _fixed_rows(one: _Read) -> Iterator[tuple[Cell, ...]]:
@@ -155,7 +178,7 @@ def _steered_rows(one: _Read) -> Iterator[tuple[Cell, ...]]:
             one.value(steered.records),
             fixed.rank,
             one.value(fixed.records),
-            figures.difference(one.measured.measure, steered.records, fixed.records, one.reading.metric),
+            one.gain(steered),
         )
 
 

@@ -1,4 +1,5 @@
-"""Quality against rank: four ladders at fixed rungs, and policies at the mean rank that they execute."""
+"""Quality against rank: four ladders at fixed rungs, and policies at the mean rank that they execute; or the policies
+alone."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from chunkwise.evaluation.experiments.arms import DEFAULT, four_ladders, matched
 from chunkwise.evaluation.experiments.figures import Point
 from chunkwise.evaluation.experiments.lab import Lab
 from chunkwise.evaluation.experiments.measures import Measure, Sizes, calibration_text, generation, likelihood
-from chunkwise.evaluation.experiments.rank_report import Measured, Steered, rank_report
+from chunkwise.evaluation.experiments.rank_report import Measured, Steered, policies_report, rank_report
 from chunkwise.evaluation.experiments.report import Report
 from chunkwise.evaluation.modes import BASE, SteeringMode, fixed_rung
 from chunkwise_adapters.format import LoraWeights
@@ -19,6 +20,10 @@ from chunkwise_adapters.ladder import RankLadder
 
 _SIZES, _QUICK_SIZES = Sizes(windows=16, rows=64), Sizes(windows=3, rows=8)
 _QUICK_RUNGS = (0.25, 1, 4)
+_POLICY_NOTE = (
+    "Ranks are means over all computed positions, prompts included, as executed: modules weighted by their size. A "
+    "policy is compared with the fixed rung of the same mean rank, global ranks."
+)
 
 
 def run(lab: Lab, settings: ExperimentSettings) -> Report:
@@ -29,19 +34,42 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
     """
     policies = read_policies(settings.policies)
     measured = [one for subject in settings.subjects for one in _subject(lab, settings, subject, policies)]
-    sizes = _QUICK_SIZES if settings.quick else _SIZES
+    sizes = _sizes(settings)
     notes = [
         f"{sizes.told(settings.items)}, drawn with seed {settings.seed}; whitened ladders fitted to "
         f"{settings.calibration_tokens} tokens of data that is not measured. Brackets: 95 %, bootstrap over items; "
         "differences and losses are paired.",
-        "Ranks are means over all computed positions, prompts included, as executed. A policy is compared with the "
-        "fixed rung of the same mean rank, global ranks.",
+        _POLICY_NOTE,
         "AURAC: mean over log2(1 + rank) of the share of the adapter's gain over the base model that a rank gives; the "
         "column behind it is relative to the first curve, for policies to fixed rungs at the same ranks.",
         "Enough: smallest rung from which on all lose at most 1 % of full rank's perplexity, or score; surely: by the "
         "upper end of the interval. Bytes are of the factors cut at the former, in fp32.",
     ]
     return rank_report(measured, notes)
+
+
+def run_policies(lab: Lab, settings: ExperimentSettings) -> Report:
+    """The policies alone, each against the fixed rung of the same mean rank. Raises as `run`."""
+    policies = read_policies(settings.policies)
+    sizes = _sizes(settings)
+    measured = []
+    for subject in settings.subjects:
+        weights = lab.weights(subject.adapter)
+        served = lab.served(subject.adapter, weights)
+        own = {name: policy for name, policy in policies.items() if steers(policy, weights.name)}
+        likely = likelihood(subject, sizes, settings, lab.tokenizer)
+        generated = generation(subject, sizes, settings, lab.tokenizer)
+        for measure in [likely, *([generated] if generated else [])]:
+            steered = [_steer(lab, measure, weights, served, name, policy) for name, policy in own.items()]
+            measured.append(Measured(weights.name, measure, {}, {}, steered))
+    drawn = (
+        f"{sizes.told(settings.items)}, drawn with seed {settings.seed}. Brackets: 95 %, paired bootstrap over items."
+    )
+    return policies_report(measured, [drawn, _POLICY_NOTE])
+
+
+def _sizes(settings: ExperimentSettings) -> Sizes:
+    return _QUICK_SIZES if settings.quick else _SIZES
 
 
 def _subject(
@@ -52,7 +80,7 @@ def _subject(
     ladders = four_ladders(weights, lab.whitened(weights, text))
     served = lab.served(subject.adapter, weights)
     own = {name: policy for name, policy in policies.items() if steers(policy, weights.name)}
-    sizes = _QUICK_SIZES if settings.quick else _SIZES
+    sizes = _sizes(settings)
     likely = likelihood(subject, sizes, settings, lab.tokenizer)
     generated = generation(subject, sizes, settings, lab.tokenizer)
     for measure in [likely, *([generated] if generated else [])]:

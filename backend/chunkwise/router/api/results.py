@@ -1,4 +1,4 @@
-"""Answers to TGI's JSON. Pure. All keys are TGI's but ``chunks`` and ``mean_rank``."""
+"""Answers to TGI's JSON. Pure. All keys are TGI's but those of `report_json`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def _prefill_json(token: Token) -> Json:
     return {key: value for key, value in token_json(token).items() if key != "special"}
 
 
-def report_json(report: SteeringReport) -> Json:
-    """The two opt-in keys of ``details``."""
+def report_json(report: SteeringReport, text: GeneratedText) -> Json:
+    """The opt-in keys of ``details``."""
     chunks = [
         {
             "start": c.start,
@@ -47,7 +47,8 @@ def report_json(report: SteeringReport) -> Json:
         }
         for c in report.chunks
     ]
-    return {"chunks": chunks, "mean_rank": report.mean_rank}
+    saved = text.kv_full_bytes - text.kv_bytes
+    return {"chunks": chunks, "mean_rank": report.mean_rank, "kv_bytes": text.kv_bytes, "kv_bytes_saved": saved}
 
 
 def wants_details(parameters: GenerateParameters) -> bool:
@@ -86,7 +87,7 @@ def completion_json(completions: tuple[Completion, ...], prompt: str, parameters
                 {"generated_text": prefix + other.text.text, **_sequence_json(other)} for other in others
             ]
         if parameters.chunk_details:
-            details |= report_json(best.report)
+            details |= report_json(best.report, best.text)
         body["details"] = details
     return body
 
@@ -106,4 +107,4 @@ def event_json(index: int, event: Event, prompt: str, input_length: int, paramet
 
 def _stream_details(ending: Ending, input_length: int, parameters: GenerateParameters) -> Json:
     details = _ending_json(ending.text) | {"input_length": input_length}
-    return details | report_json(ending.report) if parameters.chunk_details else details
+    return details | report_json(ending.report, ending.text) if parameters.chunk_details else details
