@@ -60,7 +60,8 @@ def speed(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def policy(arguments: argparse.Namespace, name: str) -> dict[str, Any]:
     """Serves the prompts under one policy."""
-    tokens = arguments.batch * (arguments.context + arguments.new_tokens + PAGE_SIZE)
+    # One page more for the last token of every answer, and one that admission leaves spare.
+    tokens = arguments.batch * (arguments.context + arguments.new_tokens + 2 * PAGE_SIZE)
     engine, decisions = make_engine(arguments.model, load(arguments), AdapterStore(None, torch.float32, CPU), tokens)
     engine.warmup([], arguments.step_tokens, None, None)
     texts = prompts(arguments)
