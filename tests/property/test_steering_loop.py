@@ -31,12 +31,19 @@ ADAPTER = AdapterInfo(
 
 PRICE_ROWS = st.lists(st.floats(0.0, 1.0), min_size=6, max_size=6).map(tuple)
 SECTIONS = st.builds(
-    lambda default, tokens, answer: AdapterPolicy(
-        "h", ADAPTER.rungs, ADAPTER.kept_energy, answer, price_per_rank=0.01, prices=PriceTable(default, tokens)
+    lambda default, tokens, answer, own: AdapterPolicy(
+        "h",
+        ADAPTER.rungs,
+        ADAPTER.kept_energy,
+        answer,
+        price_per_rank=0.01,
+        prices=PriceTable(default, tokens),
+        answer_tokens=own,
     ),
     PRICE_ROWS,
     st.dictionaries(st.integers(0, 9), PRICE_ROWS),
     st.sampled_from(ADAPTER.rungs),
+    st.dictionaries(st.integers(0, 999), st.sampled_from(ADAPTER.rungs)),
 )
 
 
@@ -51,6 +58,11 @@ class Scenario:
     cuts: int = 0
     page_size: int = 1
     preempted: tuple[int, ...] = ()
+
+    @property
+    def tabled(self) -> bool:
+        """Whether tokens of an answer have ranks of their own."""
+        return any(section.answer_tokens for section in self.policy.adapters.values())
 
     @property
     def planned(self) -> bool:
@@ -280,6 +292,12 @@ def test_decisions_are_the_reported_chunks_in_ascending_order(scenario: Scenario
             for i, chunk in enumerate(request.report.chunks)
             if not scenario.planned or i == 0 or _gate(chunk) != _gate(request.report.chunks[i - 1])
         ]
+        if scenario.tabled:
+            last = replace(request.chunks[-1], table=0)
+            assert (request.chunks[-1].table, last.start) == (1, len(request.prompt) - 1)
+            told = [*request.chunks[:-1], last]
+            assert told[:-1] == [decision for decision in reported if decision.start < last.start]
+            continue
         assert [decision for decision in request.chunks if decision.start < request.computed] == reported
         assert request.chunks[0].crossfade == 0
         for before, after in pairwise(request.chunks):
