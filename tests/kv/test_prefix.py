@@ -107,3 +107,17 @@ def test_room_is_what_can_be_allocated(requests: list[tuple[str | None, list[tup
         held.append(allocator.allocate(KvFormat.FULL))
     assert allocator.room(KvFormat.FULL) == 0
     allocator.check_integrity([held, cache.pages()])
+
+
+def test_what_is_forgotten_takes_what_follows_it_along() -> None:
+    allocator = PageAllocator(BYTES, budget_bytes=10_000)
+    cache = PrefixCache(allocator)
+    held = _put(cache, allocator, None, [((i,), None) for i in range(4)])
+    other = _put(cache, allocator, None, [((0,), None), ((9,), None)])
+    assert not cache.forget([PageRef(KvFormat.FULL, 99)])
+    assert cache.forget({held[2]})
+    allocator.check_integrity([held, other, cache.pages()])
+    assert set(cache.pages()) == {held[0], held[1], other[1]}
+    assert cache.forget(set(held))
+    assert cache.pages() == []
+    allocator.check_integrity([held, other])
