@@ -40,8 +40,9 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
         f"{settings.calibration_tokens} tokens of data that is not measured. Brackets: 95 %, bootstrap over items; "
         "differences and losses are paired.",
         _POLICY_NOTE,
-        "AURAC: mean over log2(1 + rank) of the share of the adapter's gain over the base model that a rank gives; the "
-        "column behind it is relative to the first curve, for policies to fixed rungs at the same ranks.",
+        "AURAC: mean over log2(1 + rank) of the share of the adapter's gain over the base model that a rank gives; "
+        "more: than that of the first curve, over the rungs that both have; for policies, than that of fixed rungs at "
+        "their ranks.",
         "Enough: smallest rung from which on all lose at most 1 % of full rank's perplexity, or score; surely: by the "
         "upper end of the interval. Bytes are of the factors cut at the former, in fp32.",
     ]
