@@ -41,6 +41,11 @@ def add_experiments_parser(commands: argparse._SubParsersAction[argparse.Argumen
         "be given several times, a policy made for other adapters is passed over; kv takes names of formats too",
     )
     add("--items", type=int, help="items per task instead of the experiment's own number")
+    add(
+        "--decode-text",
+        action="store_true",
+        help="policies: score text as if it were generated, in windows of 192 tokens, 32 of them as prompt",
+    )
     add("--seed", type=int, default=0, help="seed of the draw of items and of the bootstrap (default: 0)")
     add("--calibration-tokens", type=int, help="ranks: tokens that whitened ladders are fitted to")
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="as of serve")

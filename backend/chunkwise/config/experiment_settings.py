@@ -32,7 +32,7 @@ class ExperimentSettings:
     """Everything ``chunkwise experiments`` needs.
 
     ``policies`` are files, or for ``kv`` also names; ``items`` None takes the experiment's own numbers of items;
-    ``calibration_tokens`` is what whitened ladders are fitted to.
+    ``calibration_tokens`` is what whitened ladders are fitted to; ``decode_text`` scores text as if it were generated.
     """
 
     name: ExperimentName
@@ -43,6 +43,7 @@ class ExperimentSettings:
     items: int | None
     seed: int
     calibration_tokens: int
+    decode_text: bool
     out: Path
 
 
@@ -68,6 +69,7 @@ def experiment_settings(args: argparse.Namespace) -> ExperimentSettings:
         items=args.items,
         seed=args.seed,
         calibration_tokens=args.calibration_tokens or default_tokens,
+        decode_text=args.decode_text,
         out=args.out,
     )
 

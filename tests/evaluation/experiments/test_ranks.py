@@ -124,3 +124,12 @@ def test_ladders_are_compared_over_the_rungs_that_both_have(out: Path) -> None:
         whole = [one for one in curve if float(one["rung"]).is_integer()]
         areas[ladder] = aurac([float(one["mean rank"]) for one in whole], [float(one["value"]) for one in whole])
     assert float(row["more"]) == pytest.approx(areas["plain+global"] - areas["plain"], abs=1e-3)
+
+
+def test_text_may_be_scored_as_if_it_were_generated(tiny: TinyWorld, tmp_path: Path) -> None:
+    data = write_data(tmp_path)
+    (tmp_path / "roles.toml").write_text(ROLES)
+    main(flags("policies", tiny, data, tmp_path, "wikitext", f"--policy={tmp_path / 'roles.toml'}", "--decode-text"))
+    (row,) = rows(tmp_path / "policies.csv")
+    # 31 tokens at the prompt's rung, what follows at the answer's.
+    assert float(row["prompt"]) < 2.0 and float(row["answer"]) > 7.5

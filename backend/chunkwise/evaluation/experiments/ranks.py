@@ -4,6 +4,7 @@ alone."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoice
 from chunkwise.config.policy import SteeringPolicy
@@ -20,6 +21,7 @@ from chunkwise_adapters.ladder import RankLadder
 
 _SIZES, _QUICK_SIZES = Sizes(windows=16, rows=64), Sizes(windows=3, rows=8)
 _QUICK_RUNGS = (0.25, 1, 4)
+_DECODE_WINDOW, _DECODE_CONTEXT = 192, 32
 _POLICY_NOTE = (
     "Ranks are means over all computed positions, prompts included, as executed: modules weighted by their size. A "
     "policy is compared with the fixed rung of the same mean rank, global ranks."
@@ -53,12 +55,14 @@ def run_policies(lab: Lab, settings: ExperimentSettings) -> Report:
     """The policies alone, each against the fixed rung of the same mean rank. Raises as `run`."""
     policies = read_policies(settings.policies)
     sizes = _sizes(settings)
+    if settings.decode_text:
+        sizes = replace(sizes, window=_DECODE_WINDOW, context=_DECODE_CONTEXT)
     measured = []
     for subject in settings.subjects:
         weights = lab.weights(subject.adapter)
         served = lab.served(subject.adapter, weights)
         own = {name: policy for name, policy in policies.items() if steers(policy, weights.name)}
-        likely = likelihood(subject, sizes, settings, lab.tokenizer)
+        likely = likelihood(subject, sizes, settings, lab.tokenizer, "decode" if settings.decode_text else None)
         generated = generation(subject, sizes, settings, lab.tokenizer)
         for measure in [likely, *([generated] if generated else [])]:
             steered = [_steer(lab, measure, weights, served, name, policy) for name, policy in own.items()]
