@@ -22,7 +22,7 @@ _SIZES, _QUICK_SIZES = Sizes(windows=16, rows=64), Sizes(windows=3, rows=8)
 _QUICK_RUNGS = (0.25, 1, 4)
 _POLICY_NOTE = (
     "Ranks are means over all computed positions, prompts included, as executed: modules weighted by their size. A "
-    "policy is compared with the fixed rung of the same mean rank, global ranks."
+    "policy is compared with the fixed rung of the same mean rank whose ranks keep the most energy for their cost."
 )
 
 
