@@ -83,9 +83,10 @@ STATE = st.builds(core.ShardState, U32, U32, st.lists(USAGE, max_size=3).map(tup
 UPDATE = st.builds(
     core.SteeringUpdate,
     U64,
-    st.lists(st.builds(core.ChunkDecision, U64, U32, st.none() | RUNG, F32, U32), max_size=4).map(tuple),
+    st.lists(st.builds(core.ChunkDecision, U64, U32, st.none() | RUNG, F32, U32, U32), max_size=4).map(tuple),
     st.lists(KV_DECISION, max_size=4).map(tuple),
     st.lists(U64, max_size=4).map(tuple),
+    st.lists(st.builds(core.RungTable, U32, st.dictionaries(U32, RUNG)), max_size=2).map(tuple),
 )
 SIGNALS = st.builds(
     core.StepSignals,

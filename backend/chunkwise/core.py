@@ -13,6 +13,7 @@ Error tree::
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Literal
@@ -223,12 +224,21 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class RungTable:
+    """Rungs of single tokens by token id. ``id`` is the table's number in a steering session, from 1 up."""
+
+    id: int
+    rungs: Mapping[int, float]
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkDecision:
     """Opens a chunk at ``start``; it lasts until the next decision of the same request.
 
     ``rung`` is a rank budget per module, one of the adapter's rungs, perhaps a fraction (None: full rank, 0: skip the
     adapter); ``scale`` multiplies the adapter's output; over the first ``crossfade`` tokens the previous chunk's gate
-    is blended in.
+    is blended in. Tokens that the `RungTable` numbered ``table`` (0: none) holds take its rungs instead, without
+    blending; a chunk with a table is the last of its request.
     """
 
     request_id: int
@@ -236,6 +246,7 @@ class ChunkDecision:
     rung: float | None = None
     scale: float = 1.0
     crossfade: int = 0
+    table: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +276,7 @@ class SteeringUpdate:
     chunks: tuple[ChunkDecision, ...] = ()
     kv: tuple[KvDecision, ...] = ()
     released: tuple[int, ...] = ()
+    tables: tuple[RungTable, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

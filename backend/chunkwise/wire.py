@@ -322,6 +322,7 @@ def update_to_pb(update: core.SteeringUpdate) -> steer_pb.SteeringUpdate:
                 rung=c.rung,
                 scale=None if c.scale == 1.0 else c.scale,
                 crossfade=c.crossfade,
+                table=c.table,
             )
             for c in update.chunks
         ],
@@ -338,6 +339,7 @@ def update_to_pb(update: core.SteeringUpdate) -> steer_pb.SteeringUpdate:
             for k in update.kv
         ],
         released=update.released,
+        tables=[steer_pb.RungTable(id=t.id, token_ids=t.rungs.keys(), rungs=t.rungs.values()) for t in update.tables],
     )
 
 
@@ -353,6 +355,7 @@ def update_from_pb(update: steer_pb.SteeringUpdate) -> core.SteeringUpdate:
                 rung=core.rank_budget(c.rung) if c.HasField("rung") else None,
                 scale=c.scale if c.HasField("scale") else 1.0,
                 crossfade=c.crossfade,
+                table=c.table,
             )
             for c in update.chunks
         ),
@@ -369,6 +372,10 @@ def update_from_pb(update: steer_pb.SteeringUpdate) -> core.SteeringUpdate:
             for k in update.kv
         ),
         released=tuple(update.released),
+        tables=tuple(
+            core.RungTable(t.id, dict(zip(t.token_ids, map(core.rank_budget, t.rungs), strict=False)))
+            for t in update.tables
+        ),
     )
 
 

@@ -40,6 +40,16 @@ def test_a_section_with_prices() -> None:
     assert (section.prices.default, section.prices.tokens) == ((0.5, 0.1, 0.0), {198: (0.9, 0.2, 0.0)})
 
 
+def test_answer_tokens_have_rungs_of_their_own() -> None:
+    section = parse_policy(FIXED + "answer_tokens = [[5, 0], [7, 0.25], [9, 2.0]]").adapters["my adapter"]
+    assert section.answer_tokens == {5: 0, 7: 0.25, 9: 2}
+    for row, message in (("[5, 3]", r"rungs \[3\]; each"), ("[5]", "row"), ("[5, 0], [5, 2]", "two rows")):
+        with pytest.raises(InvalidPolicy, match=f"answer_tokens has? .*{message}|answer_tokens have the {message}"):
+            parse_policy(FIXED + f"answer_tokens = [{row}]")
+    with pytest.raises(InvalidPolicy, match="one scale for all rungs"):
+        parse_policy(FIXED + "answer_tokens = [[5, 0]]\nscales = [1, 2, 1]")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
@@ -57,10 +67,10 @@ def test_a_section_with_prices() -> None:
         ("price_per_rank = 0.01", "price_per_rank = -1", "price_per_rank is -1.0"),
         ("scales = [1, 1.5, 1.2]", "scales = [1, 1.5]", "scales has 2 numbers"),
         ("scales = [1, 1.5, 1.2]", "scales = [1, 1.5, inf]", "scales are"),
-        ("default = [0.5, 0.1, 0]", "default = [0.5, 0.1]", "prices of 198 are|prices has 2"),
+        ("default = [0.5, 0.1, 0]", "default = [0.5, 0.1]", "the row .* 2 numbers"),
         ("default = [0.5, 0.1, 0]", "default = [0.5, 0.1, nan]", "prices of default"),
         ("default = [0.5, 0.1, 0]", "", r"\['default'\] are missing"),
-        ("[198, 0.9, 0.2, 0.0]", "[198, 0.9, 0.2]", "prices of 198 are"),
+        ("[198, 0.9, 0.2, 0.0]", "[198, 0.9, 0.2]", "the row .* 3 numbers"),
         ("[198, 0.9, 0.2, 0.0]", "[-1, 0.9, 0.2, 0.0]", "the row"),
         ("[198, 0.9, 0.2, 0.0]", "[198, 0.9, 0.2, 0.0], [198, 1, 1, 1]", "two rows for token 198"),
     ],

@@ -121,6 +121,7 @@ def policy(tiny: TinyWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
         f'[chunker]\nmin_length = 4\n[rank]\nsource = "complexity"\n[adapters.a16]\n'
         f'content_hash = "{ladder.content_hash}"\nrungs = {list(ladder.rungs)}\n'
         f"kept_energy = {list(ladder.kept_energy)}\nanswer_rung = 2\nprice_per_rank = 0.01\n"
+        f"answer_tokens = {[[token_id, 16] for token_id in range(0, 256, 2)]}\n"
         f"[adapters.a16.prices]\ndefault = {cheap}\ntokens = {tokens}\n"
     )
     return path

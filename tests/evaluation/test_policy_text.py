@@ -8,7 +8,7 @@ PRICES = PriceTable((0.5, 0.25, 0.0), {7: (1e-05, 0.0, 0.0), 198: (2.0, 1.0, 0.0
 PRICED = AdapterPolicy(
     "h", (0, 0.25, 2), (0.0, 0.3, 1.0), 2, price_per_rank=1e-7, min_length=3, scales=(1.0, 1.5, 1.0), prices=PRICES
 )
-FIXED = AdapterPolicy("h", (0, 0.25, 2), (0.0, 0.3, 1.0), 2, prompt_rung=0.25)
+FIXED = AdapterPolicy("h", (0, 0.25, 2), (0.0, 0.3, 1.0), 2, prompt_rung=0.25, answer_tokens={7: 0, 3: 0.25})
 TEXTS = {7: "\n", 198: '"\\\x7f\u2028', 3: "é # ]"}
 
 

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 
 from chunkwise.core import AdapterInfo
-from chunkwise.evaluation.prices import cross_fit, find_price, fit_prices, measure_price
+from chunkwise.evaluation.prices import cheapest_rungs, cross_fit, find_price, fit_prices, measure_price
 from chunkwise.evaluation.rank_labels import RankLabels
+from chunkwise.steering.plans import PricePlan
+from chunkwise.steering.ranks import rank_choices
 
 ADAPTER = AdapterInfo("a", "h", 4, (0, 1, 4), (0.0, 0.5, 1.0), (0.0, 1.0, 4.0))
 NEEDY, EASY = 7, 8
@@ -58,6 +60,17 @@ def test_a_price_per_rank_meets_the_target_and_gives_rank_to_those_who_need_it()
     rank, loss = measure_price(folds, ADAPTER, 1, price)
     assert rank == pytest.approx(share)
     assert loss == pytest.approx(0.1 * share + 0.1 * (1 - share), abs=1e-3)
+
+
+def test_single_tokens_take_the_rung_that_a_chunk_of_one_would() -> None:
+    prices = fit_prices(labels())
+    for price in (0.01, 0.05, 0.3, 5.0):
+        usual, others = cheapest_rungs(prices, ADAPTER, price)
+        choices = rank_choices(ADAPTER, 0.0)
+        plan = PricePlan(choices, choices[-1], prices, price, 1)
+        for token_id in (NEEDY, EASY, 99):
+            assert plan.chunks([token_id, token_id])[0].choice.rung == others.get(token_id, usual)
+        assert usual not in others.values()
 
 
 def test_a_loss_may_be_the_aim() -> None:

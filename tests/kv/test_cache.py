@@ -203,3 +203,16 @@ def test_heads_on_several_ranks_keep_what_they_keep_on_one(scorer: KvScorer) -> 
         parts.append(rank.gather(1, plan_gather(rank.pack(held, KvFormat.INT8, 3, scorer) or [], CPU)))
     for which in (0, 1):
         assert torch.equal(torch.cat([part[which] for part in parts], dim=1), one[which])
+
+
+def test_pages_that_are_kept_for_reuse_besides_give_their_bytes_when_nothing_else_does() -> None:
+    cache = _cache(pages=4)
+    refs, keys, _ = _fill(cache, 4)
+    node = cache.prefix.root(None)
+    for i, ref in enumerate(refs[:3]):
+        node, _ = cache.prefix.insert(node, ((i,), None), ref)
+    held = cache.pack(refs[1:], KvFormat.FULL, 2, KvScorer.KEY_NORM)
+    assert held is not None
+    cache.allocator.check_integrity([refs[:1], held, cache.prefix.pages()])
+    assert cache.prefix.pages() == refs[:1]
+    assert torch.equal(cache.gather(0, plan_gather(refs[:1], CPU))[0], keys[0, : SHAPE.page_size])

@@ -68,3 +68,56 @@ def test_least_recently_used_goes_first_and_pages_in_use_stay() -> None:
     assert len(cache.match("a", [((i,), None) for i in range(10)])) == 10
     assert len(cache.match("b", [((i,), None) for i in range(10)])) < 10
     assert len(in_use) == 10
+
+
+def test_what_is_forgotten_takes_what_follows_it_along() -> None:
+    allocator = PageAllocator(BYTES, budget_bytes=10_000)
+    cache = PrefixCache(allocator)
+    held = _put(cache, allocator, None, [((i,), None) for i in range(4)])
+    other = _put(cache, allocator, None, [((0,), None), ((9,), None)])
+    assert not cache.forget([PageRef(KvFormat.FULL, 99)])
+    assert cache.forget({held[2]})
+    allocator.check_integrity([held, other, cache.pages()])
+    assert set(cache.pages()) == {held[0], held[1], other[1]}
+    assert cache.forget(set(held))
+    assert cache.pages() == []
+    allocator.check_integrity([held, other])
+
+
+def test_a_page_gives_way_although_a_later_one_of_its_prompt_is_in_use() -> None:
+    """So it is where a request has compressed the first and not yet the second: what is free is `room`, to the page."""
+    allocator = PageAllocator(BYTES, budget_bytes=40)
+    cache = PrefixCache(allocator)
+    keys = [((0,), "g"), ((1,), "g"), ((2,), "g")]
+    held = _put(cache, allocator, None, keys)
+    allocator.release(held.pop(0))
+    assert (allocator.free(KvFormat.FULL), allocator.room(KvFormat.FULL)) == (1, 2)
+    assert cache.evict()
+    assert (allocator.free(KvFormat.FULL), allocator.room(KvFormat.FULL)) == (2, 2)
+    assert cache.evicted_pages == 1
+    assert cache.match(None, keys) == []
+    assert not cache.evict(), "the others are in use"
+    allocator.check_integrity([held, cache.pages()])
+    for page in held:
+        allocator.release(page)
+    while cache.evict():
+        pass
+    allocator.check_integrity([])
+
+
+@given(st.lists(st.tuples(st.sampled_from([None, "a"]), prompts, st.integers(0, 9)), max_size=30))
+def test_room_is_what_can_be_allocated(requests: list[tuple[str | None, list[tuple], int]]) -> None:
+    allocator = PageAllocator(BYTES, budget_bytes=120)
+    cache = PrefixCache(allocator)
+    held: list[PageRef] = []
+    for adapter, keys, released in requests:
+        held += _put(cache, allocator, adapter, keys)
+        for _ in range(min(released, len(held))):
+            allocator.release(held.pop(released % len(held)))
+    room = allocator.room(KvFormat.FULL)
+    for _ in range(room):
+        while allocator.free(KvFormat.FULL) < 1:
+            assert cache.evict()
+        held.append(allocator.allocate(KvFormat.FULL))
+    assert allocator.room(KvFormat.FULL) == 0
+    allocator.check_integrity([held, cache.pages()])

@@ -31,12 +31,19 @@ ADAPTER = AdapterInfo(
 
 PRICE_ROWS = st.lists(st.floats(0.0, 1.0), min_size=6, max_size=6).map(tuple)
 SECTIONS = st.builds(
-    lambda default, tokens, answer: AdapterPolicy(
-        "h", ADAPTER.rungs, ADAPTER.kept_energy, answer, price_per_rank=0.01, prices=PriceTable(default, tokens)
+    lambda default, tokens, answer, own: AdapterPolicy(
+        "h",
+        ADAPTER.rungs,
+        ADAPTER.kept_energy,
+        answer,
+        price_per_rank=0.01,
+        prices=PriceTable(default, tokens),
+        answer_tokens=own,
     ),
     PRICE_ROWS,
     st.dictionaries(st.integers(0, 9), PRICE_ROWS),
     st.sampled_from(ADAPTER.rungs),
+    st.dictionaries(st.integers(0, 999), st.sampled_from(ADAPTER.rungs)),
 )
 
 
@@ -50,6 +57,12 @@ class Scenario:
     pressure: tuple[int, ...] = ()
     cuts: int = 0
     page_size: int = 1
+    preempted: tuple[int, ...] = ()
+
+    @property
+    def tabled(self) -> bool:
+        """Whether tokens of an answer have ranks of their own."""
+        return any(section.answer_tokens for section in self.policy.adapters.values())
 
     @property
     def planned(self) -> bool:
@@ -119,8 +132,9 @@ def scenarios(draw: st.DrawFn) -> Scenario:
 class Loop:
     """Flush, start step n, observe step n-1, take the results of step n; checks what must hold at every flush.
 
-    Memory is short before the steps of ``pressure``. With ``ahead``, the flush of step n+1 comes before the results of
-    step n, unless a request arrives or memory is short between them.
+    Memory is short before the steps of ``pressure``. Before those of ``preempted`` the youngest of several requests is
+    taken out, to be computed anew two steps later. With ``ahead``, the flush of step n+1 comes before the results of
+    step n, unless something of all that happens between them.
     """
 
     def __init__(self, scenario: Scenario) -> None:
@@ -132,6 +146,8 @@ class Loop:
         self._results_before_signals = scenario.results_before_signals
         self._ahead = scenario.ahead
         self._pressure = scenario.pressure
+        self._preempted = scenario.preempted
+        self._back: dict[int, Request] = {}
         self._cuts = random.Random(scenario.cuts)
         self._trailing = StepSignals(0)
         self.requests = [self._request(index) for index in range(scenario.requests)]
@@ -145,6 +161,7 @@ class Loop:
                     self.controller.admit(request.id, request.prompt, request.adapter)
             for _ in range(self._pressure.count(step)):
                 self.controller.compress_next()
+            live = self._running(step, live)
             if not flushed:
                 self._flush()
             signals = StepSignals(step, tuple(self._compute(live)))
@@ -154,7 +171,8 @@ class Loop:
             else:
                 self.controller.observe(self._trailing)
                 plain = all(request.arrival != step + 1 for request in self.requests)
-                flushed = self._ahead and plain and step + 1 not in self._pressure
+                quiet = step + 1 not in (*self._pressure, *self._preempted, *self._back)
+                flushed = self._ahead and plain and quiet
                 if flushed:
                     self._flush(ahead=True)
                 self._take_results(live)
@@ -162,6 +180,17 @@ class Loop:
             step += 1
         self.controller.observe(self._trailing)
         self._flush()
+
+    def _running(self, step: int, live: list[Request]) -> list[Request]:
+        """The live requests that are computed in this step, after one has come back and one was taken out."""
+        if step in self._back:
+            self.controller.resume(self._back.pop(step).id)
+        running = [request for request in live if request not in self._back.values()]
+        if step in self._preempted and len(running) > 1:
+            youngest = self._back[step + 2] = running.pop()
+            self.controller.pause(youngest.id)
+            youngest.computed, youngest.chunks, youngest.kv = 0, [], []
+        return running
 
     def _request(self, index: int) -> Request:
         alphabet = self._random.choice([2, 10, 1000])
@@ -196,14 +225,14 @@ class Loop:
 
     def _compute(self, live: list[Request]) -> Iterator[SequenceSignals]:
         for request in live:
-            remaining = len(request.prompt) - request.computed
-            request.computed += request.cuts.randint(1, remaining) if remaining > 0 else 1
+            remaining = len(request.prompt) + request.generated - request.computed
+            request.computed += request.cuts.randint(1, remaining)
             draw = random.Random(f"{request.prompt} {request.computed}")
             yield SequenceSignals(request.id, request.computed - 1, draw.random(), draw.choice([None, draw.random()]))
 
     def _take_results(self, live: list[Request]) -> None:
         for request in live:
-            if request.computed < len(request.prompt):
+            if request.computed < len(request.prompt) + request.generated:
                 continue
             self.controller.extend(request.id, random.Random(request.computed).randrange(1000))
             request.generated += 1
@@ -263,6 +292,12 @@ def test_decisions_are_the_reported_chunks_in_ascending_order(scenario: Scenario
             for i, chunk in enumerate(request.report.chunks)
             if not scenario.planned or i == 0 or _gate(chunk) != _gate(request.report.chunks[i - 1])
         ]
+        if scenario.tabled:
+            last = replace(request.chunks[-1], table=0)
+            assert (request.chunks[-1].table, last.start) == (1, len(request.prompt) - 1)
+            told = [*request.chunks[:-1], last]
+            assert told[:-1] == [decision for decision in reported if decision.start < last.start]
+            continue
         assert [decision for decision in request.chunks if decision.start < request.computed] == reported
         assert request.chunks[0].crossfade == 0
         for before, after in pairwise(request.chunks):
@@ -305,6 +340,28 @@ def test_what_is_decided_follows_from_the_request_alone(scenario: Scenario, cuts
     other.run()
     for request, twin in zip(one.requests, other.requests, strict=True):
         assert (twin.chunks, twin.kv, twin.report) == (request.chunks, request.kv, request.report)
+
+
+@given(scenarios(), st.sets(st.integers(1, 60), max_size=6), st.booleans())
+@settings(deadline=None, max_examples=150)
+def test_a_request_that_is_pre_empted_is_steered_as_if_it_were_not(
+    scenario: Scenario, preempted: set[int], ahead: bool
+) -> None:
+    always = replace(scenario.policy, kv=replace(scenario.policy.kv, when="always"))
+    scenario = replace(scenario, policy=always, results_before_signals=False, ahead=ahead)
+    whole, interrupted = Loop(scenario), Loop(replace(scenario, preempted=tuple(preempted)))
+    whole.run()
+    interrupted.run()
+    for request, twin in zip(whole.requests, interrupted.requests, strict=True):
+        assert twin.report == request.report
+        for decisions, repeated in ((request.chunks, twin.chunks), (request.kv, twin.kv)):
+            fewer = min(len(decisions), len(repeated))
+            assert repeated[:fewer] == decisions[:fewer]
+            # What is decided for a request after its last token comes or does not.
+            assert all(
+                max(decision.start, getattr(decision, "effective", 0)) >= request.computed
+                for decision in (*decisions[fewer:], *repeated[fewer:])
+            )
 
 
 @given(scenarios())

@@ -6,7 +6,8 @@ import pytest
 
 from chunkwise.config.adapter_policy import AdapterPolicy, PriceTable
 from chunkwise.config.policy import ChunkerPolicy, InvalidPolicy, RankPolicy, SteeringPolicy
-from chunkwise.core import AdapterInfo, SequenceSignals
+from chunkwise.core import AdapterInfo, ChunkDecision, RungTable, SequenceSignals
+from chunkwise.steering import SteeringController
 from chunkwise.steering.plans import RankPlan, check_sections, make_plan
 from chunkwise.steering.sequence import SteeredSequence
 
@@ -90,6 +91,26 @@ def test_a_section_for_other_weights_or_another_ladder_is_refused(served: Adapte
 def test_last_digits_of_energies_do_not_matter_and_sections_of_nobody_are_named() -> None:
     policy = SteeringPolicy(adapters={"a": SECTION, "ghost": SECTION})
     assert check_sections(policy, [replace(ADAPTER, kept_energy=(0.0, 0.250001, 0.5, 1.0))]) == ["ghost"]
+
+
+def test_answer_tokens_are_sent_as_a_table_once_and_reported_with_their_ranks() -> None:
+    section = replace(SECTION, answer_tokens={7: 8, 9: 0}, prompt_rung=2)
+    policy = SteeringPolicy(chunker=ChunkerPolicy(min_length=4, max_length=4), adapters={"a": section})
+    controller = SteeringController(policy)
+    controller.admit(1, [5, 5, 7], ADAPTER)
+    update = controller.flush()
+    assert update is not None
+    assert update.tables == (RungTable(1, {7: 8, 9: 0}),)
+    assert update.chunks == (ChunkDecision(1, 0, 2), ChunkDecision(1, 2, 2, table=1))
+    for token_id in (9, 5, 9, 7):
+        controller.extend(1, token_id)
+    ranks = [2.0, 2.0, 8.0, 0.0, 2.0, 0.0]
+    assert controller.report(1, 6).mean_rank == pytest.approx(sum(ranks) / 6)
+    assert [chunk.rank for chunk in controller.report(1, 5).chunks] == [2.0, pytest.approx(10.0 / 3)]
+    controller.admit(2, [5], ADAPTER)
+    later = controller.flush()
+    assert later is not None
+    assert (later.tables, later.chunks) == ((), (ChunkDecision(2, 0, 2, table=1),))
 
 
 def test_an_answer_keeps_its_rank_while_the_kv_cache_is_cut_on() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from chunkwise.config.invalid_policy import InvalidPolicy, require
@@ -38,8 +38,9 @@ class AdapterPolicy:
     A prompt runs at ``prompt_rung``, or, with ``prices``, in chunks that each take the rung of least cost: the sum of
     their tokens' prices, plus ``price_per_rank`` (nats) times the rung's mean active rank for every token; they have at
     least ``min_length`` tokens (None: as the ``[chunker]`` section says). The answer, from the prompt's last token on,
-    which produces its first one, runs at ``answer_rung``. ``scales``, one per rung,
-    multiply the adapter's output (None: the ``[rank]`` section says).
+    which produces its first one, runs at ``answer_rung``, but for tokens of the ids in
+    ``answer_tokens``, which run at rungs of their own. ``scales``, one per rung, multiply the adapter's output (None:
+    the ``[rank]`` section says).
     """
 
     content_hash: str
@@ -51,6 +52,7 @@ class AdapterPolicy:
     min_length: int | None = None
     scales: tuple[float, ...] | None = None
     prices: PriceTable | None = None
+    answer_tokens: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         count = len(self.rungs)
@@ -66,6 +68,12 @@ class AdapterPolicy:
             require(row is None or len(row) == count, f"{name} has {len(row or ())} numbers for {count} rungs")
         for name, rung in (("answer_rung", self.answer_rung), ("prompt_rung", self.prompt_rung)):
             require(rung is None or rung in self.rungs, f"{name} is {rung}; it must be one of {self.rungs}")
+        strange = sorted(set(self.answer_tokens.values()) - set(self.rungs))
+        require(not strange, f"answer_tokens have the rungs {strange}; each must be one of {self.rungs}")
+        require(
+            self.scales is None or not self.answer_tokens or len(set(self.scales)) == 1,
+            "answer_tokens change the rung of a token, not its scale; give one scale for all rungs, or none",
+        )
         require(
             (self.prompt_rung is None) != (self.prices is None),
             "give either prompt_rung or prices; they are two ways to choose the rank of a prompt",
@@ -117,22 +125,33 @@ def _adapter(table: Mapping[str, Any]) -> AdapterPolicy:
         price_per_rank=_number("price_per_rank", table.get("price_per_rank", 0.0)),
         min_length=min_length,
         scales=None if scales is None else _row("scales", scales),
+        answer_tokens=_answer_tokens(table.get("answer_tokens", [])),
         prices=None if prices is None else _prices(_table(prices, ("default", "tokens"), ("default",))),
     )
 
 
+def _answer_tokens(listed: Any) -> dict[int, float]:
+    return {token_id: rank_budget(row[0]) for token_id, row in _rows("answer_tokens", listed, 1).items()}
+
+
 def _prices(table: Mapping[str, Any]) -> PriceTable:
-    rows: dict[int, tuple[float, ...]] = {}
-    listed = table.get("tokens", [])
+    default = _row("prices.default", table["default"])
+    return PriceTable(default, _rows("prices.tokens", table.get("tokens", []), len(default)))
+
+
+def _rows(name: str, listed: Any, numbers: int) -> dict[int, tuple[float, ...]]:
+    """Rows of a token id and so many numbers, by token id."""
     if not isinstance(listed, list):
-        raise InvalidPolicy(f"prices.tokens is {listed!r}; a list of rows is expected")
+        raise InvalidPolicy(f"{name} is {listed!r}; a list of rows is expected")
+    rows: dict[int, tuple[float, ...]] = {}
     for row in listed:
-        if not (isinstance(row, list) and row and type(row[0]) is int and 0 <= row[0] <= _MOST_ID):
-            raise InvalidPolicy(f"prices.tokens has the row {row!r}; [token id, price at each rung] is expected")
+        fits = isinstance(row, list) and len(row) == 1 + numbers and type(row[0]) is int
+        if not fits or not 0 <= row[0] <= _MOST_ID:
+            raise InvalidPolicy(f"{name} has the row {row!r}; a token id and {numbers} numbers are expected")
         if row[0] in rows:
-            raise InvalidPolicy(f"prices.tokens has two rows for token {row[0]}")
-        rows[row[0]] = _row("prices.tokens", row[1:])
-    return PriceTable(_row("prices.default", table["default"]), rows)
+            raise InvalidPolicy(f"{name} has two rows for token {row[0]}")
+        rows[row[0]] = _row(name, row[1:])
+    return rows
 
 
 def _table(table: Any, known: Iterable[str], required: Iterable[str]) -> Mapping[str, Any]:

@@ -37,7 +37,7 @@ def add_calibrate_parser(commands: argparse._SubParsersAction[argparse.ArgumentP
     add("--share", default="0:1", metavar="FROM:TO", help="part of the data to use (default: 0:1); report on another")
     add("--tokens", type=int, default=16384, help="text: tokens to read, drawn from the part (default: 16384)")
     add("--window", type=int, default=512, help="text: tokens per window (default: 512)")
-    add("--min-length", type=int, default=8, help="text: fewest tokens of a chunk (default: 8)")
+    add("--min-length", type=int, default=4, help="text: fewest tokens of a chunk (default: 4)")
     add("--limit", type=int, default=64, help="answers: rows to use, drawn from the part (default: 64)")
     add("--target", choices=EVAL_TARGETS, default="fra", help="language to translate English into (default: fra)")
     add("--cache", type=Path, metavar="DIR", help="text: keep labels here, to try other aims or go on after a stop")

@@ -19,7 +19,7 @@ from chunkwise.evaluation.driver import Evaluator, load_evaluator
 from chunkwise.evaluation.identity import file_hash, model_hash
 from chunkwise.evaluation.perplexity import answer_passage, windows
 from chunkwise.evaluation.policy_text import section_text
-from chunkwise.evaluation.prices import cross_fit, find_price, fit_prices, measure_price
+from chunkwise.evaluation.prices import Fold, cheapest_rungs, cross_fit, find_price, fit_prices, measure_price
 from chunkwise.evaluation.progress import open_progress
 from chunkwise.evaluation.rank_labels import LabelCache, RankLabels, measure_labels
 from chunkwise.evaluation.role_grid import RoleGrid
@@ -80,19 +80,20 @@ def _from_text(evaluator: Evaluator, adapter: AdapterInfo, source: TextSource, s
         raise CalibrationFailed(f"labels cannot be kept: {error}; choose another folder with --cache") from error
     progress.close()
 
-    folds = cross_fit(labels)
-    aim = settings.aim
-    low, high = find_price(folds, adapter, source.min_length, lambda rank, loss: _too_low(aim, rank, loss))
-    price = high if aim.target_rank is not None else low
+    folds, prices = cross_fit(labels), fit_prices(labels)
+    price = _price(folds, adapter, source.min_length, settings.aim)
     rank, loss = measure_price(folds, adapter, source.min_length, price)
+    # Tokens of an answer are steered one by one, so that their price per rank is another.
+    answer_rung, answer_tokens = cheapest_rungs(prices, adapter, _price(folds, adapter, 1, settings.aim))
     section = AdapterPolicy(
         content_hash=adapter.content_hash,
         rungs=adapter.rungs,
         kept_energy=adapter.kept_energy,
-        answer_rung=_text_answer_rung(adapter, labels, aim),
+        answer_rung=answer_rung,
         price_per_rank=price,
         min_length=source.min_length,
-        prices=fit_prices(labels),
+        prices=prices,
+        answer_tokens=answer_tokens,
     )
     uniform = _uniform_rows(adapter, labels)
     found = correlations(folds, _level_of_interest(adapter, rank))
@@ -154,21 +155,15 @@ def _cache(settings: CalibrateSettings, evaluator: Evaluator) -> LabelCache | No
     return LabelCache(settings.cache, f"{__version__} {model} {evaluator.dtype}")
 
 
+def _price(folds: Sequence[Fold], adapter: AdapterInfo, min_length: int, aim: Aim) -> float:
+    """The lowest price per rank that keeps the target rank, or the highest that keeps the loss."""
+    low, high = find_price(folds, adapter, min_length, lambda rank, loss: _too_low(aim, rank, loss))
+    return high if aim.target_rank is not None else low
+
+
 def _too_low(aim: Aim, rank: float, loss: float) -> bool:
     """Whether a price per rank may rise: more rank is spent than wanted, or less is lost than allowed."""
     return rank > aim.target_rank if aim.target_rank is not None else loss <= (aim.max_loss or 0.0)
-
-
-def _text_answer_rung(adapter: AdapterInfo, labels: Sequence[RankLabels], aim: Aim) -> float:
-    """What is decided for an answer is one rung: the largest within the target, or the smallest within the loss."""
-    if aim.target_rank is not None:
-        return adapter.rungs[max(bisect_right(adapter.rungs, aim.target_rank) - 1, 0)]
-    tokens = sum(len(text.ids) - 1 for text in labels)
-    losses = sum(text.loss.sum(axis=1) for text in labels) / tokens
-    return next(
-        (rung for rung, loss in zip(adapter.rungs, losses, strict=True) if loss <= (aim.max_loss or 0.0)),
-        adapter.rungs[-1],
-    )
 
 
 def _level_of_interest(adapter: AdapterInfo, rank: float) -> int:

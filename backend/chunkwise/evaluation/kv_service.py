@@ -37,9 +37,10 @@ ALWAYS = {
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """What was measured. ``held`` are the pages by format, and ``held_bytes`` their bytes, that requests held at the
-    end, ``held_peak`` the most bytes behind any step; ``resident`` bytes are those of the process beyond what it had
-    before, at the end and at its peak. ``nll`` is the mean over the prompts' tokens, in nats."""
+    """What was measured. ``held`` are the pages by format, and ``held_bytes`` their bytes, that all requests together
+    held before the first ended, ``held_peak`` the most bytes behind any step; ``resident`` bytes are those of the
+    process beyond what it had before, at the same moment and at its peak. ``nll`` is the mean over the prompts' tokens,
+    in nats."""
 
     held: dict[str, int]
     held_bytes: int
@@ -60,7 +61,7 @@ def serve(
     engine: Engine, decisions: DecisionTable, kv: KvPolicy, prompts: Sequence[tuple[int, ...]], new_tokens: int
 ) -> Service:
     """Serves the prompts at once, ``new_tokens`` greedy tokens each, on an engine that is warmed up and gives prompt
-    logprobs. Linux only.
+    logprobs: more tokens than the prompts take steps, or the first answer ends before the last begins. Linux only.
 
     Raises:
         GenerationFailed: a prompt could not be served.
@@ -71,16 +72,15 @@ def serve(
         )
         for id, ids in enumerate(prompts, start=1)
     ]
-    before, run = restart_peak(), _Run()
-    for result, state, seconds in _steps(
-        engine, LocalHelm(decisions, SteeringPolicy(kv=kv), engine.info().page_size), requests
-    ):
-        run.take(result, state, seconds, wanted=sum(map(len, prompts)) - len(prompts))
+    before, run = restart_peak(), _Run(len(prompts))
+    helm = LocalHelm(decisions, SteeringPolicy(kv=kv), engine.info().page_size)
+    for result, state, seconds in _steps(engine, helm, requests):
+        run.take(result, state, seconds)
     return Service(
-        held={usage.format.name.lower(): usage.pages for usage in run.last.kv},
-        held_bytes=_held(run.last),
+        held={usage.format.name.lower(): usage.pages for usage in run.together.kv},
+        held_bytes=_held(run.together),
         held_peak=run.held_peak,
-        resident=run.last.resident_bytes - before,
+        resident=run.together.resident_bytes - before,
         resident_peak=peak_bytes() - before,
         nll=-sum(run.logprobs) / len(run.logprobs),
         prompt_seconds=run.prompt_seconds,
@@ -113,26 +113,31 @@ def _steps(
 
 @dataclass(slots=True)
 class _Run:
-    """What is known so far; ``last`` is the state behind the last step after which requests were live."""
+    """What is known so far of ``requests`` requests; ``together`` is the state behind the last step after which all of
+    them were live."""
 
-    last: ShardState = field(default_factory=ShardState)
+    requests: int
+    read: int = 0
+    together: ShardState = field(default_factory=ShardState)
     held_peak: int = 0
     logprobs: list[float] = field(default_factory=list)
     prompt_seconds: float = 0.0
     decode_seconds: list[float] = field(default_factory=list)
 
-    def take(self, result: StepResult, state: ShardState, seconds: float, wanted: int) -> None:
-        """Adds a step; it belongs to the prompts until ``wanted`` of their logprobs are known."""
-        if len(self.logprobs) < wanted:
+    def take(self, result: StepResult, state: ShardState, seconds: float) -> None:
+        """Adds a step; it belongs to the prompts until all of them have been read."""
+        live = len(result.batch.request_ids) if result.batch is not None else 0
+        if self.read < self.requests:
             self.prompt_seconds += seconds
-        else:
+        elif live == self.requests:
             self.decode_seconds.append(seconds)
         self.held_peak = max(self.held_peak, _held(state))
-        if result.batch is not None:
-            self.last = state
+        if live == self.requests:
+            self.together = state
         for generation in result.generations:
             if generation.error is not None:
                 raise GenerationFailed(generation.error.message)
+            self.read += bool(generation.prefill_tokens)
             self.logprobs += [token.logprob for token in generation.prefill_tokens[1:]]
 
 

@@ -9,8 +9,7 @@ For experiments::
 
 With ``scoring="prompt"`` the whole passage is a prompt, and steered as one; with "decode" what precedes the first
 scored token is the prompt, and the rest is steered by the model's signals as if it were being generated. Under a fixed
-rung or without steering both give the same numbers, and "prompt" is much faster; KV compression happens in "decode"
-alone.
+rung or without steering both give the same numbers, and "prompt" is much faster.
 """
 
 from __future__ import annotations

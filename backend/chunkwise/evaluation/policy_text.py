@@ -26,6 +26,12 @@ def section_text(name: str, section: AdapterPolicy, notes: Sequence[str], token_
         lines.append(f"min_length = {section.min_length}  # fewest tokens of a prompt chunk")
     if section.scales is not None:
         lines.append(f"scales = {list(section.scales)}")
+    if section.answer_tokens:
+        lines += [
+            "answer_tokens = [  # of the answer's chunk: token id, rung",
+            *(f"  {[i, rung]},  # {_comment(token_text(i))}" for i, rung in section.answer_tokens.items()),
+            "]",
+        ]
     if section.prices is not None:
         lines += [
             "",

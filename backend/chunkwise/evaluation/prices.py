@@ -92,6 +92,17 @@ def measure_price(
     return ranks / tokens, losses / tokens
 
 
+def cheapest_rungs(prices: PriceTable, adapter: AdapterInfo, price_per_rank: float) -> tuple[float, dict[int, float]]:
+    """The rung of least cost for a token by itself, and by id those of tokens for which it is another."""
+    ranks = np.array(adapter.mean_active_rank)
+
+    def cheapest(row: Sequence[float]) -> float:
+        return adapter.rungs[int(np.argmin(np.array(row) + price_per_rank * ranks))]
+
+    usual = cheapest(prices.default)
+    return usual, {i: rung for i, row in prices.tokens.items() if (rung := cheapest(row)) != usual}
+
+
 def _shrunk(
     labels: Sequence[RankLabels], values: Sequence[NDArray[np.float64]], strength: float
 ) -> tuple[dict[int, NDArray[np.float64]], NDArray[np.float64], dict[int, int]]:

@@ -175,9 +175,12 @@ class KvCache:
             self.pools[kind].store(target, layers, *parts)
 
     def _exchange(self, pages: Sequence[PageRef], kind: KvFormat, count: int) -> list[PageRef] | None:
-        """See `PageAllocator.exchange`; idle pages make room if they must."""
-        while (made := self.allocator.exchange(pages, kind, count)) is None and self.prefix.evict():
-            pass
+        """See `PageAllocator.exchange`; idle pages make room if they must, and then these very pages, where it is only
+        for reuse that they are shared."""
+        while (made := self.allocator.exchange(pages, kind, count)) is None:
+            kept_besides = {page for page in pages if self.allocator.holders(page) == 2}
+            if not self.prefix.evict() and not self.prefix.forget(kept_besides):
+                return None
         return made
 
     def _numbers(self, pages: Sequence[PageRef]) -> Tensor:

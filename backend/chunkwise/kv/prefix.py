@@ -8,7 +8,7 @@ compared, not hashed. Only pages of sequences that have not compressed anything 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, field
 
 from chunkwise.kv.pages import PageAllocator, PageRef
@@ -88,12 +88,25 @@ class PrefixCache:
             self.evicted_pages += 1
         return bool(idle)
 
+    def forget(self, pages: Collection[PageRef]) -> bool:
+        """Lets go of these pages and of what follows them. False: none of them is kept."""
+        found = [node for node in self._nodes if node.page in pages]
+        for node in found:
+            self._forget(node)
+        return bool(found)
+
     def clear(self) -> None:
         """Lets go of every page; sequences keep what they hold."""
         for page in self.pages():
             self._allocator.drop(page)
         self._nodes.clear()
         self._roots.clear()
+
+    def _forget(self, node: PrefixNode) -> None:
+        for child in list(node.children.values()):
+            self._forget(child)
+        if node in self._nodes:
+            self._drop(node)
 
     def _drop(self, node: PrefixNode) -> None:
         assert node.page is not None

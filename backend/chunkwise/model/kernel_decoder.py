@@ -31,7 +31,7 @@ from chunkwise.model.kernels.views import (
     ModelView,
     StepView,
 )
-from chunkwise.model.linear import FOUR_BITS, Projection
+from chunkwise.model.linear import FOUR_BITS, GROUP, Projection
 from chunkwise.model.loading import Layer, Weights
 from chunkwise.model.parallel import Group, ShardPlan
 from chunkwise.model.rotary import Rotary
@@ -81,6 +81,7 @@ def _model_view(spec: ModelSpec, plan: ShardPlan, weights: Weights, rotary: Rota
         fields = {
             "weights": lambda p: p.weight.data,
             "scales": lambda p: p.weight.scales,
+            "middles": lambda p: p.weight.middles,
             "biases": lambda p: p.bias,
         }
         return _ints([[_address(fields[name](projection)) for projection in layer] for layer in layers])
@@ -98,6 +99,7 @@ def _model_view(spec: ModelSpec, plan: ShardPlan, weights: Weights, rotary: Rota
         head_kind=_KINDS[weights.head.data.dtype],
         weights=table("weights"),
         scales=table("scales"),
+        middles=table("middles"),
         biases=table("biases"),
         norms=_ints([[_address(layer.input_norm), _address(layer.mlp_norm)] for layer in weights.layers]),
         outs=_ints([projection.weight.shape[0] for projection in layers[0]]),
@@ -143,17 +145,21 @@ class _Buffers:
             torch.empty(rows, widest_in),
             torch.empty(rows, widest_in, dtype=torch.int16) if max(m.kind, m.head_kind) >= INT8 else torch.empty(0),
             torch.empty(rows),
+            torch.empty(rows, -(-widest_in // GROUP)),
             torch.empty(rows, int(m.outs.max())),
             torch.empty(3, rows, rank),
             torch.empty(team.threads, floats),
             torch.empty(size.records, m.heads, STATE + m.head_dim),
         )
-        inputs, shorts, row_scales, wide, shrunk, scratch, records = (tensor.data_ptr() for tensor in self._others)
+        inputs, shorts, row_scales, group_sums, wide, shrunk, scratch, records = (
+            tensor.data_ptr() for tensor in self._others
+        )
         self.view = BufferView(
             x=self.x.data_ptr(),
             inputs=inputs,
             shorts=shorts,
             row_scales=row_scales,
+            group_sums=group_sums,
             wide=wide,
             partial=self.partial.data_ptr(),
             shrunk=shrunk,

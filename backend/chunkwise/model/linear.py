@@ -17,8 +17,8 @@ FOUR_BITS = torch.uint8
 """The type of a matrix in 4 bits: two numbers to a byte."""
 GROUP = 32
 """Columns that share a scale in 4 bits."""
-# Shares of a group's largest magnitude that are tried as the range of its 4 bits; cutting the largest number off a
-# little may serve the other 31 better.
+# Shares of a group's range that 4 bits are spread over: cutting its ends off a little may serve the other numbers
+# better.
 _RANGES = (1.0, 0.93, 0.86, 0.79)
 
 
@@ -27,12 +27,14 @@ class Matrix:
     """A base weight ``[out, in]``.
 
     ``data`` is the weight in the model's type or a smaller one, with ``scales`` None; or int8 with one fp32 scale per
-    row ``[out]``; or uint8 ``[out, ⌈in / 2⌉]`` with one per row and `GROUP` columns ``[out, ⌈in / 32⌉]``: byte i holds
-    column 2i in its low and column 2i + 1 in its high bits, each as ``q + 8``, and ``width`` is ``in``.
+    row ``[out]``; or uint8 ``[out, ⌈in / 2⌉]``: byte i holds column 2i in its low and column 2i + 1 in its high bits.
+    Such a number q stands for ``scale (q - 8) + middle``, with fp32 ``scales`` and fp16 ``middles`` ``[out, ⌈in /
+    32⌉]``, one of each per row and `GROUP` columns, and ``width`` is ``in``.
     """
 
     data: Tensor
     scales: Tensor | None = None
+    middles: Tensor | None = None
     width: int | None = None
 
     @property
@@ -42,7 +44,7 @@ class Matrix:
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The whole matrix in ``dtype``."""
-        return self._widen(self.data, self.scales, dtype)
+        return self._widen(slice(None), dtype)
 
     def times(self, x: Tensor) -> Tensor:
         """``x`` [T, in] times the transposed matrix, ``[T, out]``."""
@@ -50,15 +52,19 @@ class Matrix:
 
     def rows(self, ids: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows ``ids`` [T], ``[T, in]``."""
-        return self._widen(self.data[ids], None if self.scales is None else self.scales[ids], dtype)
+        return self._widen(ids, dtype)
 
-    def _widen(self, data: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
-        if scales is None:
+    def _widen(self, rows: Tensor | slice, dtype: torch.dtype) -> Tensor:
+        data = self.data[rows]
+        if self.scales is None:
             return data.to(dtype)
-        if self.width is None:
-            return (data * scales[:, None]).to(dtype)
+        if self.middles is None:
+            return (data * self.scales[rows, None]).to(dtype)
         q = torch.stack((data & 15, data >> 4), dim=-1).flatten(1)[:, : self.width].float() - 8.0
-        return (q * scales.repeat_interleave(GROUP, dim=1)[:, : self.width]).to(dtype)
+        scales, middles = (
+            part[rows].float().repeat_interleave(GROUP, dim=1)[:, : self.width] for part in (self.scales, self.middles)
+        )
+        return (q * scales + middles).to(dtype)
 
 
 def empty_matrix(
@@ -67,8 +73,9 @@ def empty_matrix(
     """A `Matrix` of that size in ``storage``, not initialised: a floating type, int8 or `FOUR_BITS`. ``allocate`` makes
     its ``data``."""
     if storage == FOUR_BITS:
-        data = allocate(rows, -(-columns // 2), storage)
-        return Matrix(data, torch.empty(rows, -(-columns // GROUP), device=data.device), columns)
+        data, groups = allocate(rows, -(-columns // 2), storage), (rows, -(-columns // GROUP))
+        middles = torch.empty(groups, dtype=torch.float16, device=data.device)
+        return Matrix(data, torch.empty(groups, device=data.device), middles, columns)
     data = allocate(rows, columns, storage)
     return Matrix(data, torch.empty(rows, device=data.device) if storage == torch.int8 else None)
 
@@ -89,25 +96,27 @@ def quantize_rows(weight: Tensor) -> Matrix:
 
 
 def quantize_groups(weight: Tensor) -> Matrix:
-    """``weight`` [out, in] in 4 bits, -8 to 7 times a scale per row and `GROUP` columns.
-
-    The number of largest magnitude in a group lies near -8 scales, whatever its sign: that end reaches further. Of a
-    few ranges the one with the least squared error is taken.
-    """
+    """``weight`` [out, in] in 4 bits, each row's `GROUP` columns spread over a range of their own: of a few the one
+    with the least squared error."""
     rows, columns = weight.shape
-    groups = F.pad(weight.float(), (0, -columns % GROUP)).view(rows, -1, GROUP)
-    largest = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True))
-    best, scales = torch.full_like(largest, torch.inf), torch.zeros_like(largest)
-    q = torch.full_like(groups, 8.0)
+    # The last column, repeated, leaves the last group's range as it is.
+    padded = F.pad(weight.float()[:, None], (0, -columns % GROUP), mode="replicate")
+    groups = padded.view(rows, -1, GROUP)
+    low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
+    best, scales, middles = torch.full_like(low, torch.inf), torch.zeros_like(low), torch.zeros_like(low)
+    q = torch.zeros_like(groups)
     for share in _RANGES:
-        scale = largest * (share / -8.0)
-        tried = torch.round(groups / torch.where(scale != 0, scale, torch.ones_like(scale))).clamp_(-8.0, 7.0)
-        error = (tried * scale - groups).square_().sum(dim=2, keepdim=True)
+        scale = (high - low) * (share / 15.0)
+        # As it will be stored. The numbers reach from 8 scales below to 7 above.
+        middle = ((low + high + scale) / 2.0).half().float()
+        tried = torch.round((groups - middle) / torch.where(scale > 0.0, scale, 1.0)).clamp_(-8.0, 7.0)
+        error = (tried * scale + middle - groups).square_().sum(dim=2, keepdim=True)
         better = error < best
         best, scales = torch.where(better, error, best), torch.where(better, scale, scales)
-        q = torch.where(better, tried + 8.0, q)
-    nibbles = q.to(torch.uint8).view(rows, -1)[:, : columns + columns % 2]
-    return Matrix(nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scales.squeeze(2), columns)
+        middles, q = torch.where(better, middle, middles), torch.where(better, tried, q)
+    nibbles = (q + 8.0).to(torch.uint8).view(rows, -1)[:, : columns + columns % 2]
+    packed = nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)
+    return Matrix(packed, scales.squeeze(2), middles.squeeze(2).half(), columns)
 
 
 @dataclass(frozen=True, slots=True)

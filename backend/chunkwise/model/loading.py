@@ -92,8 +92,9 @@ class _Loader:
                 place = slice(at, at + weight.shape[0])
                 kept = store_matrix(weight, storage)
                 matrix.data[place] = kept.data
-                if matrix.scales is not None and kept.scales is not None:
-                    matrix.scales[place] = kept.scales
+                for whole, part in ((matrix.scales, kept.scales), (matrix.middles, kept.middles)):
+                    if whole is not None and part is not None:
+                        whole[place] = part
                 at = place.stop
             checkpoint.unmap()
         return matrix

@@ -82,6 +82,7 @@ class SteeringUpdate(google.protobuf.message.Message):
     CHUNKS_FIELD_NUMBER: builtins.int
     KV_FIELD_NUMBER: builtins.int
     RELEASED_FIELD_NUMBER: builtins.int
+    TABLES_FIELD_NUMBER: builtins.int
     seq: builtins.int
     """seq numbers the updates of a session 1, 2, 3, … without gaps. An update out of order ends the stream with an error."""
     @property
@@ -96,6 +97,10 @@ class SteeringUpdate(google.protobuf.message.Message):
     def released(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
         """released are ids of requests that have ended: the shard forgets their decisions."""
 
+    @property
+    def tables(self) -> google.protobuf.internal.containers.RepeatedCompositeFieldContainer[Global___RungTable]:
+        """tables are rung tables that chunks of this update or of later ones name; they last as long as the session."""
+
     def __init__(
         self,
         *,
@@ -103,10 +108,43 @@ class SteeringUpdate(google.protobuf.message.Message):
         chunks: collections.abc.Iterable[Global___ChunkDecision] | None = ...,
         kv: collections.abc.Iterable[Global___KvDecision] | None = ...,
         released: collections.abc.Iterable[builtins.int] | None = ...,
+        tables: collections.abc.Iterable[Global___RungTable] | None = ...,
     ) -> None: ...
-    def ClearField(self, field_name: typing.Literal["chunks", b"chunks", "kv", b"kv", "released", b"released", "seq", b"seq"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["chunks", b"chunks", "kv", b"kv", "released", b"released", "seq", b"seq", "tables", b"tables"]) -> None: ...
 
 Global___SteeringUpdate: typing_extensions.TypeAlias = SteeringUpdate
+
+@typing.final
+class RungTable(google.protobuf.message.Message):
+    """RungTable says which rungs single tokens take, by their ids. The shard looks a token up when it knows its id, which in
+    decode is two steps before a decision of the router could take effect; all shards hold the same ids.
+    """
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    ID_FIELD_NUMBER: builtins.int
+    TOKEN_IDS_FIELD_NUMBER: builtins.int
+    RUNGS_FIELD_NUMBER: builtins.int
+    id: builtins.int
+    """id is the table's number in the session, from 1 up. A number is used once."""
+    @property
+    def token_ids(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.int]:
+        """token_ids are the tokens that take a rung of their own."""
+
+    @property
+    def rungs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
+        """rungs run parallel to token_ids; each is as ChunkDecision.rung, but set."""
+
+    def __init__(
+        self,
+        *,
+        id: builtins.int = ...,
+        token_ids: collections.abc.Iterable[builtins.int] | None = ...,
+        rungs: collections.abc.Iterable[builtins.float] | None = ...,
+    ) -> None: ...
+    def ClearField(self, field_name: typing.Literal["id", b"id", "rungs", b"rungs", "token_ids", b"token_ids"]) -> None: ...
+
+Global___RungTable: typing_extensions.TypeAlias = RungTable
 
 @typing.final
 class ChunkDecision(google.protobuf.message.Message):
@@ -119,6 +157,7 @@ class ChunkDecision(google.protobuf.message.Message):
     SCALE_FIELD_NUMBER: builtins.int
     CROSSFADE_FIELD_NUMBER: builtins.int
     RUNG_FIELD_NUMBER: builtins.int
+    TABLE_FIELD_NUMBER: builtins.int
     request_id: builtins.int
     """request_id is the id that the request has, or will have, in generate.v3."""
     start: builtins.int
@@ -131,6 +170,10 @@ class ChunkDecision(google.protobuf.message.Message):
     """crossfade is the number of tokens over which the previous chunk's gate is blended into this one's. 0: none."""
     rung: builtins.float
     """rung is the rank budget per module, one of AdapterInfo.rungs, exactly. Unset: full rank. 0: skip the adapter."""
+    table: builtins.int
+    """table names a RungTable: tokens of the chunk that it holds take its rungs, all others the chunk's. Such a chunk is the
+    last of its request. 0: none.
+    """
     def __init__(
         self,
         *,
@@ -139,9 +182,10 @@ class ChunkDecision(google.protobuf.message.Message):
         scale: builtins.float | None = ...,
         crossfade: builtins.int = ...,
         rung: builtins.float | None = ...,
+        table: builtins.int = ...,
     ) -> None: ...
     def HasField(self, field_name: typing.Literal["_rung", b"_rung", "_scale", b"_scale", "rung", b"rung", "scale", b"scale"]) -> builtins.bool: ...
-    def ClearField(self, field_name: typing.Literal["_rung", b"_rung", "_scale", b"_scale", "crossfade", b"crossfade", "request_id", b"request_id", "rung", b"rung", "scale", b"scale", "start", b"start"]) -> None: ...
+    def ClearField(self, field_name: typing.Literal["_rung", b"_rung", "_scale", b"_scale", "crossfade", b"crossfade", "request_id", b"request_id", "rung", b"rung", "scale", b"scale", "start", b"start", "table", b"table"]) -> None: ...
     @typing.overload
     def WhichOneof(self, oneof_group: typing.Literal["_rung", b"_rung"]) -> typing.Literal["rung"] | None: ...
     @typing.overload

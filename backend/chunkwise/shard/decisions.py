@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from chunkwise.core import ChunkDecision, GenerationFailed, KvDecision, SteeringUpdate, SteeringViolation
+from chunkwise.core import ChunkDecision, GenerationFailed, KvDecision, RungTable, SteeringUpdate, SteeringViolation
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +43,7 @@ class DecisionTable:
         self._received = 0
         self._session = SteeringSession(0)
         self._requests: dict[int, _Waiting] = {}
+        self._tables: dict[int, RungTable] = {}
 
     def __len__(self) -> int:
         return len(self._requests)
@@ -53,6 +54,7 @@ class DecisionTable:
         with self._arrived:
             self._pending.clear()
             self._requests.clear()
+            self._tables.clear()
             self._received = 0
             self._session = SteeringSession(self._session.number + 1)
             return self._session
@@ -88,6 +90,7 @@ class DecisionTable:
                 self._apply(self._pending.popleft())
 
     def _apply(self, update: SteeringUpdate) -> None:
+        self._tables.update((table.id, table) for table in update.tables)
         for chunk in update.chunks:
             self._requests.setdefault(chunk.request_id, _Waiting()).chunks.append(chunk)
         for kv in update.kv:
@@ -102,6 +105,13 @@ class DecisionTable:
             return ()
         taken, waiting.chunks = waiting.chunks, []
         return taken
+
+    def table(self, number: int) -> RungTable:
+        """A table that has become effective in this session. Raises SteeringViolation for any other number."""
+        try:
+            return self._tables[number]
+        except KeyError:
+            raise SteeringViolation(f"a chunk names rung table {number}, which was not sent; send it before") from None
 
     def take_kv(self, request_id: int) -> Sequence[KvDecision]:
         """KV decisions of a request that have become effective since the last call."""

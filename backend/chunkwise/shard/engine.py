@@ -147,8 +147,10 @@ class Engine:
         page_bytes = shape.page_bytes(self._model.dtype)[KvFormat.FULL]
         here = capacity_pages(self._settings.max_batch_total_tokens, page_bytes, PAGE_SIZE, self._model)
         pages = self._model.group.minimum(here)
-        limits = agree_limits(pages, PAGE_SIZE, self._model.spec.max_position, max_input_tokens, max_total_tokens)
         cache = KvCache(shape, self._model.dtype, self._model.device, pages * page_bytes)
+        # Where pools divide the budget, full pages are fewer than it would fit.
+        full = cache.allocator.room(KvFormat.FULL)
+        limits = agree_limits(full, PAGE_SIZE, self._model.spec.max_position, max_input_tokens, max_total_tokens)
         self._runner = StepRunner(self._model, cache, self._tokenizer, self._decisions, max(max_prefill_tokens, 1))
         self._limits = limits
         self._rehearse(requests[:1])

@@ -108,7 +108,7 @@ class StepRunner:
         """Gives a new sequence the pages of its prompt that an earlier request computed alike, none behind the position
         of its first KV decision; at least the prompt's last token is left to compute. Raises as `Sequence.follow` and
         `Retention.accept`."""
-        sequence.follow(self._decisions.take_chunks(sequence.request.id))
+        sequence.follow(self._decisions.take_chunks(sequence.request.id), self._decisions.table)
         for decision in self._decisions.take_kv(sequence.request.id):
             sequence.kv.accept(decision, sequence.computed)
         if sequence.request.prefill_logprobs:
@@ -142,7 +142,7 @@ class StepRunner:
     def _follow_decisions(self, sequence: Sequence) -> None:
         """Checks new decisions and rewrites the pages whose KV policy takes effect now."""
         request_id = sequence.request.id
-        sequence.follow(self._decisions.take_chunks(request_id))
+        sequence.follow(self._decisions.take_chunks(request_id), self._decisions.table)
         for decision in self._decisions.take_kv(request_id):
             sequence.kv.accept(decision, sequence.computed)
         for decision in sequence.kv.take_due(sequence.computed):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from chunkwise.core import ChunkDecision, GenerationRequest, SteeringViolation
+from chunkwise.core import ChunkDecision, GenerationRequest, RungTable, SteeringViolation
 from chunkwise.kv.pages import PageRef
 from chunkwise.kv.prefix import PageKey, PrefixNode
 from chunkwise.shard.detokenizer import Detokenizer
@@ -21,6 +22,16 @@ class PrefixTrail:
 
     node: PrefixNode
     pages: int
+
+
+@dataclass(slots=True)
+class RungLookup:
+    """The tokens of a ``chunk`` by their ids: ``rungs`` of those that have one of their own; ``position`` is the next
+    to be looked up."""
+
+    chunk: ChunkDecision
+    rungs: Mapping[int, float]
+    position: int
 
 
 @dataclass(slots=True, eq=False)
@@ -42,6 +53,7 @@ class Sequence:
     pages: list[PageRef] = field(default_factory=list)
     trail: PrefixTrail | None = None
     chunks: list[ChunkDecision] = field(default_factory=list)
+    lookup: RungLookup | None = None
     kv: Retention = field(default_factory=Retention)
     prompt_logprobs: list[float] = field(default_factory=list)
 
@@ -73,14 +85,21 @@ class Sequence:
             return tokens, None
         return tokens, gate_key(GatedSpan(0, page_size, start, self.adapter, self.chunks))
 
-    def follow(self, chunks: SequenceOf[ChunkDecision]) -> None:
-        """Takes over chunk decisions.
+    def follow(self, chunks: SequenceOf[ChunkDecision], table: Callable[[int], RungTable]) -> None:
+        """Takes over chunk decisions, and looks tokens up that have been added since the last call. ``table`` gives a
+        rung table by its number.
 
         Raises:
-            SteeringViolation: a decision for a position that is computed already, or out of order.
+            SteeringViolation: a decision for a position that is computed already, out of order, behind a chunk with a
+                table, or with a table that was not sent.
             InvalidRung: a rung that the adapter's ladder lacks.
         """
         for chunk in chunks:
+            if self.lookup is not None:
+                raise SteeringViolation(
+                    f"a chunk of request {chunk.request_id} starts at {chunk.start} behind one with a rung table, "
+                    "which is the last"
+                )
             if chunk.start < self.computed:
                 raise SteeringViolation(
                     f"a chunk of request {chunk.request_id} starts at position {chunk.start}, but {self.computed} "
@@ -94,3 +113,21 @@ class Sequence:
             if self.adapter is not None:
                 self.adapter.rung_index(chunk.rung)
             self.chunks.append(chunk)
+            if chunk.table and self.adapter is not None:
+                self.lookup = RungLookup(chunk, table(chunk.table).rungs, chunk.start)
+                for rung in self.lookup.rungs.values():
+                    self.adapter.rung_index(rung)
+        if self.lookup is not None:
+            self._look_up(self.lookup)
+
+    def _look_up(self, lookup: RungLookup) -> None:
+        """Opens a chunk wherever the rung of a token differs from that of the token before."""
+        for position in range(lookup.position, len(self.ids)):
+            rung, newest = lookup.rungs.get(self.ids[position], lookup.chunk.rung), self.chunks[-1]
+            if rung == newest.rung:
+                continue
+            if newest.start == position:
+                self.chunks[-1] = replace(newest, rung=rung)
+            else:
+                self.chunks.append(ChunkDecision(lookup.chunk.request_id, position, rung, lookup.chunk.scale))
+        lookup.position = max(lookup.position, len(self.ids))

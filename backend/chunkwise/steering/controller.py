@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from chunkwise.config.policy import SteeringPolicy
-from chunkwise.core import AdapterInfo, ChunkDecision, KvDecision, SteeringUpdate, StepSignals
+from chunkwise.core import AdapterInfo, ChunkDecision, KvDecision, RungTable, SteeringUpdate, StepSignals
 from chunkwise.steering.plans import RankPlan, make_plan
 from chunkwise.steering.ranks import RankSelector
 from chunkwise.steering.report import SteeringReport
@@ -32,6 +32,8 @@ class SteeringController:
         self._chunks: list[ChunkDecision] = []
         self._kv: list[KvDecision] = []
         self._released: list[int] = []
+        self._tables: list[RungTable] = []
+        self._table_numbers: dict[int, int] = {}
         self._seq = 0
 
     @property
@@ -52,7 +54,13 @@ class SteeringController:
         ranks = self._ranks(adapter) if adapter is not None else None
         short = any(sequence.compressed for sequence in self._sequences.values())
         sequence = SteeredSequence(
-            request_id, prompt_ids, self._policy, ranks, page_size=self._page_size, compressed=short
+            request_id,
+            prompt_ids,
+            self._policy,
+            ranks,
+            table=self._table(ranks),
+            page_size=self._page_size,
+            compressed=short,
         )
         self._sequences[request_id] = sequence
         self._chunks.extend(sequence.decisions())
@@ -128,8 +136,10 @@ class SteeringController:
         if not (self._chunks or self._kv or self._released):
             return None
         self._seq += 1
-        update = SteeringUpdate(self._seq, tuple(self._chunks), tuple(self._kv), tuple(self._released))
-        self._chunks, self._kv, self._released = [], [], []
+        update = SteeringUpdate(
+            self._seq, tuple(self._chunks), tuple(self._kv), tuple(self._released), tuple(self._tables)
+        )
+        self._chunks, self._kv, self._released, self._tables = [], [], [], []
         return update
 
     def _ranks(self, adapter: AdapterInfo) -> RankPlan | RankSelector:
@@ -137,6 +147,18 @@ class SteeringController:
         if ranks is None:
             ranks = self._plans[adapter] = make_plan(self._policy, adapter) or RankSelector(self._policy.rank, adapter)
         return ranks
+
+    def _table(self, ranks: RankPlan | RankSelector | None) -> int:
+        """The number of the rung table of a plan's answer tokens, which is sent with the first request that needs it; 0
+        if there are none."""
+        if ranks is None or isinstance(ranks, RankSelector) or not ranks.answer_tokens:
+            return 0
+        number = self._table_numbers.get(id(ranks))
+        if number is None:
+            number = self._table_numbers[id(ranks)] = len(self._table_numbers) + 1
+            rungs = {token_id: choice.rung or 0 for token_id, choice in ranks.answer_tokens.items()}
+            self._tables.append(RungTable(number, rungs))
+        return number
 
     def _forget(self, request_id: int) -> None:
         """Drops unsent decisions of a request and has the next update release it."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -29,11 +29,17 @@ class PlannedChunk(NamedTuple):
 
 
 class RankPlan(Protocol):
-    """Chooses the ranks of a sequence from its prompt alone."""
+    """Chooses the ranks of a sequence from its prompt alone, but for answer tokens that have one of their own."""
+
+    @property
+    def answer_tokens(self) -> Mapping[int, RankChoice]:
+        """By token id, the choices of tokens in the answer's chunk that do not take the answer's."""
+        ...
 
     def chunks(self, prompt_ids: Sequence[int]) -> list[PlannedChunk]:
-        """The whole sequence, from position 0 on, neighbours of different choices. The last one holds the answer and,
-        with it, the prompt's last token: that is the one which produces the answer's first token."""
+        """The whole sequence, from position 0 on, neighbours of different choices unless there are `answer_tokens`. The
+        last one holds the answer and, with it, the prompt's last token: that is the one which produces the answer's
+        first token."""
         ...
 
 
@@ -43,10 +49,11 @@ class RolePlan:
 
     prompt: RankChoice
     answer: RankChoice
+    answer_tokens: Mapping[int, RankChoice] = field(default_factory=dict)
 
     def chunks(self, prompt_ids: Sequence[int]) -> list[PlannedChunk]:
         """See `RankPlan`."""
-        return _with_answer([PlannedChunk(0, self.prompt)], self.answer, len(prompt_ids))
+        return _with_answer([PlannedChunk(0, self.prompt)], self, len(prompt_ids))
 
 
 class PricePlan:
@@ -60,9 +67,11 @@ class PricePlan:
         prices: PriceTable,
         price_per_rank: float,
         min_length: int,
+        answer_tokens: Mapping[int, RankChoice] | None = None,
     ) -> None:
+        self.answer_tokens = answer_tokens or {}
+        self.answer = answer
         self._choices = tuple(choices)
-        self._answer = answer
         self._min_length = min_length
         self._rows = {token_id: row for row, token_id in enumerate(prices.tokens, start=1)}
         rank_costs = price_per_rank * np.array([choice.active_rank for choice in choices])
@@ -73,7 +82,7 @@ class PricePlan:
         rows = [self._rows.get(token_id, 0) for token_id in prompt_ids[:-1]]
         cut = cheapest_chunks(self._costs[rows], self._min_length) if rows else []
         planned = [PlannedChunk(start, self._choices[level]) for start, level in cut]
-        return _with_answer(planned, self._answer, len(prompt_ids))
+        return _with_answer(planned, self, len(prompt_ids))
 
 
 def make_plan(policy: SteeringPolicy, adapter: AdapterInfo) -> RankPlan | None:
@@ -89,7 +98,8 @@ def make_plan(policy: SteeringPolicy, adapter: AdapterInfo) -> RankPlan | None:
     if policy.rank.source == "complexity":
         return None
     choices = rank_choices(adapter, policy.rank.energy_exponent)
-    return RolePlan(*(_at_least(choices, rung) for rung in (policy.rank.prompt_rung, policy.rank.answer_rung)))
+    prompt, answer = (_at_least(choices, rung) for rung in (policy.rank.prompt_rung, policy.rank.answer_rung))
+    return RolePlan(prompt, answer)
 
 
 def check_sections(policy: SteeringPolicy, adapters: Iterable[AdapterInfo]) -> list[str]:
@@ -108,11 +118,12 @@ def _calibrated(policy: SteeringPolicy, section: AdapterPolicy, adapter: Adapter
     _check_origin(section, adapter)
     by_rung = dict(zip(adapter.rungs, rank_choices(adapter, policy.rank.energy_exponent, section.scales), strict=True))
     answer = by_rung[section.answer_rung]
+    tokens = {token_id: by_rung[rung] for token_id, rung in section.answer_tokens.items()}
     if section.prices is None:
         assert section.prompt_rung is not None, "a section without prices has a prompt_rung"
-        return RolePlan(by_rung[section.prompt_rung], answer)
+        return RolePlan(by_rung[section.prompt_rung], answer, tokens)
     min_length = section.min_length or policy.chunker.min_length
-    return PricePlan(list(by_rung.values()), answer, section.prices, section.price_per_rank, min_length)
+    return PricePlan(list(by_rung.values()), answer, section.prices, section.price_per_rank, min_length, tokens)
 
 
 def _check_origin(section: AdapterPolicy, adapter: AdapterInfo) -> None:
@@ -146,9 +157,9 @@ def _at_least(choices: Sequence[RankChoice], rung: float | None) -> RankChoice:
     return choices[min(index, len(choices) - 1)]
 
 
-def _with_answer(planned: list[PlannedChunk], answer: RankChoice, prompt_length: int) -> list[PlannedChunk]:
+def _with_answer(planned: list[PlannedChunk], plan: RolePlan | PricePlan, prompt_length: int) -> list[PlannedChunk]:
     """The prompt's chunks up to its last token, then the answer's."""
     prompt = [chunk for chunk in planned if chunk.start < prompt_length - 1]
-    if prompt and prompt[-1].choice == answer:
+    if prompt and prompt[-1].choice == plan.answer and not plan.answer_tokens:
         return prompt
-    return [*prompt, PlannedChunk(prompt_length - 1, answer)]
+    return [*prompt, PlannedChunk(prompt_length - 1, plan.answer)]

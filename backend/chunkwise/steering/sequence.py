@@ -6,9 +6,10 @@ It knows nothing of other requests, of updates or of their numbering; `controlle
 from __future__ import annotations
 
 import math
+from array import array
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -50,6 +51,7 @@ class SteeredSequence:
 
     Args:
         ranks: how ranks are chosen; None without an adapter.
+        table: the number of the rung table that holds the plan's answer tokens; 0: none.
         page_size: tokens in a page of the KV cache.
         compressed: whether the KV policy applies from the start, even if it waits for pressure.
 
@@ -64,6 +66,7 @@ class SteeredSequence:
         policy: SteeringPolicy,
         ranks: RankPlan | RankSelector | None,
         *,
+        table: int = 0,
         page_size: int = 1,
         compressed: bool = False,
     ) -> None:
@@ -74,6 +77,9 @@ class SteeredSequence:
         self._policy = policy
         self._ranks = ranks
         self._planned: list[PlannedChunk] = []
+        self._table = table
+        self._answer_tokens: Mapping[int, RankChoice] = {}
+        self._answer_ranks = array("d", (0.0,))
         self._novelty = NgramNovelty(policy.estimator.ngram)
         self._estimator = ComplexityEstimator(policy.estimator)
         self._chunker = Chunker(policy.chunker)
@@ -128,6 +134,8 @@ class SteeredSequence:
         """Takes the next generated token. The router does this between two steps, so nothing is worked out here."""
         self._unobserved.append(token_id)
         self._generated += 1
+        if self._table:
+            self._add_answer_rank(token_id)
 
     def observe(self, signals: SequenceSignals) -> ChunkDecision | None:
         """Takes the signals of the newest computed position; returns the decision they led to, if any.
@@ -203,8 +211,11 @@ class SteeredSequence:
         self._last_of_prompt = novelty
         if self._ranks is not None and not isinstance(self._ranks, RankSelector):
             self._planned = self._ranks.chunks(prompt_ids)
+            self._answer_tokens = self._ranks.answer_tokens
             starts = sorted({*starts, *(chunk.start for chunk in self._planned)})
             self._chunker.start = starts[-1]
+            if self._table:
+                self._add_answer_rank(prompt_ids[-1])
         for start, end in pairwise([*starts, self._prompt_length]):
             self._open(start, self._chunker.mean(start, end))
         # The first boundary that decode can set lies one position behind the prompt's end, too late for a full chunk.
@@ -239,7 +250,22 @@ class SteeredSequence:
         return self._planned[bisect_right(self._planned, start, key=lambda chunk: chunk.start) - 1].choice
 
     def _decision(self, chunk: _SteeredChunk) -> ChunkDecision:
-        return ChunkDecision(self._request_id, chunk.start, chunk.choice.rung, chunk.choice.scale, chunk.crossfade)
+        table = self._table if self._planned and chunk.start == self._planned[-1].start else 0
+        choice = chunk.choice
+        return ChunkDecision(self._request_id, chunk.start, choice.rung, choice.scale, chunk.crossfade, table)
+
+    def _add_answer_rank(self, token_id: int) -> None:
+        """Takes the next token of the answer's chunk, which the shards look up in the rung table."""
+        choice = self._answer_tokens.get(token_id, self._planned[-1].choice)
+        self._answer_ranks.append(self._answer_ranks[-1] + choice.active_rank)
+
+    def _mean_rank(self, chunk: _SteeredChunk, end: int) -> float:
+        """Of a chunk's tokens before ``end``, those of the answer with the ranks that they took by themselves."""
+        first = self._prompt_length - 1
+        if not self._table or chunk.start < first:
+            return chunk.choice.active_rank
+        total = self._answer_ranks[end - first] - self._answer_ranks[chunk.start - first]
+        return total / (end - chunk.start)
 
     def _chunk_report(self, chunk: _SteeredChunk, end: int, kv: KvChoice) -> ChunkReport:
         known = min(end, self._chunker.observed)
@@ -249,7 +275,7 @@ class SteeredSequence:
             chunk.start,
             end,
             choice.rung,
-            choice.active_rank,
+            self._mean_rank(chunk, end),
             choice.scale,
             chunk.crossfade,
             complexity,

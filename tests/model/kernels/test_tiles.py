@@ -7,6 +7,7 @@ import ctypes
 import mmap
 from collections.abc import Iterator
 from itertools import product
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -112,24 +113,24 @@ def run_dot_int8(weight_rows, rows, w, ldw, x, ldx, k, y, ldy, ws, xs):
 
 
 @entry
-def run_dot_int4(weight_rows, rows, w, ldw, x, ldx, k, y, ldy, ws, lds, xs):
+def run_dot_int4(weight_rows, rows, w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups):
     if weight_rows == 1:
         if rows == 1:
-            _int4_1_1(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+            _int4_1_1(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
         elif rows == 2:
-            _int4_1_2(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+            _int4_1_2(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
         elif rows == 3:
-            _int4_1_3(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+            _int4_1_3(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
         else:
-            _int4_1_4(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+            _int4_1_4(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
     elif rows == 1:
-        _int4_n_1(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+        _int4_n_1(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
     elif rows == 2:
-        _int4_n_2(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+        _int4_n_2(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
     elif rows == 3:
-        _int4_n_3(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+        _int4_n_3(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
     else:
-        _int4_n_4(w, ldw, x, ldx, k, y, ldy, ws, lds, xs)
+        _int4_n_4(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
 
 
 @entry
@@ -285,14 +286,26 @@ def test_int8_dot_is_exact_where_fp32_can_hold_it_and_the_same_bits_in_every_til
         assert np.array_equal(dot_int8(weight_rows, rows, w, x, k, ws, xs), alone[:rows, :weight_rows])
 
 
-def dot_int4(
-    weight_rows: int, rows: int, w: NDArray[np.uint8], x: NDArray[np.int16], k: int, ws: Floats, xs: Floats
-) -> Floats:
-    """As `dot`; ``w`` has as many numbers in a row as fit, ``ws`` [rows, groups]."""
+class Four(NamedTuple):
+    """Weights of 4 bits, two to a byte, their scales and middles, and the scales and group sums of x."""
+
+    w: NDArray[np.uint8]
+    scales: Floats
+    middles: NDArray[np.float16]
+    x_scales: Floats
+    sums: Floats
+
+    def from_row(self, n: int, t: int) -> Four:
+        """Without the first ``n`` weight rows and ``t`` rows of x."""
+        return Four(self.w[n:], self.scales[n:], self.middles[n:], self.x_scales[t:], self.sums[t:])
+
+
+def dot_int4(weight_rows: int, rows: int, four: Four, x: NDArray[np.int16], k: int) -> Floats:
+    """As `dot`; ``four.w`` has as many numbers in a row as fit."""
     y = np.full((rows + 1, weight_rows + 2), GUARD)
-    at = w.ctypes.data, 2 * w.shape[1], x.ctypes.data, x.shape[1]
-    to = y.ctypes.data, y.shape[1]
-    run_dot_int4(weight_rows, rows, *at, k, *to, ws.ctypes.data, ws.shape[1], xs.ctypes.data)
+    at = four.w.ctypes.data, 2 * four.w.shape[1], x.ctypes.data, x.shape[1]
+    tables = (table.ctypes.data for table in four[1:])
+    run_dot_int4(weight_rows, rows, *at, k, y.ctypes.data, y.shape[1], *tables, four.scales.shape[1])
     assert (y[rows:] == GUARD).all() and (y[:, weight_rows:] == GUARD).all()
     return y[:rows, :weight_rows]
 
@@ -304,20 +317,29 @@ def test_int4_dot_equals_fp64_and_has_the_same_bits_in_every_tile(k: int) -> Non
     w = generator.integers(0, 256, (WEIGHT_ROWS, (k + 1) // 2 + 2)).astype(np.uint8)
     x = np.full((ROWS, k + 3), 32767, np.int16)
     x[:, :k] = generator.integers(-32767, 32768, (ROWS, k))
-    # One scale more than there are groups, which must not be read.
-    ws = np.full((WEIGHT_ROWS, groups + 1), np.nan, dtype=np.float32)
-    ws[:, :groups] = generator.standard_normal((WEIGHT_ROWS, groups))
-    xs = generator.random(ROWS, dtype=np.float32)
+    padded_x = np.pad(x[:, :k].astype(np.float64), ((0, 0), (0, 32 * groups - k)))
+    four = Four(
+        w,
+        generator.standard_normal((WEIGHT_ROWS, groups), dtype=np.float32),
+        generator.standard_normal((WEIGHT_ROWS, groups)).astype(np.float16),
+        generator.random(ROWS, dtype=np.float32),
+        padded_x.reshape(ROWS, groups, 32).sum(-1).astype(np.float32),
+    )
+
+    def wide(table: NDArray[Any]) -> NDArray[np.float64]:
+        return table.astype(np.float64).repeat(32, axis=1)[:, :k]
+
     numbers = np.stack((w & 15, w >> 4), axis=-1).reshape(WEIGHT_ROWS, -1)[:, :k].astype(np.float64) - 8
-    weights = numbers * ws[:, :groups].astype(np.float64).repeat(32, axis=1)[:, :k]
-    exact = x[:, :k].astype(np.float64) @ weights.T * xs[:, None]
-    size = np.abs(x[:, :k].astype(np.float64)) @ np.abs(weights).T * xs[:, None]
+    weights = numbers * wide(four.scales) + wide(four.middles)
+    exact = x[:, :k].astype(np.float64) @ weights.T * four.x_scales[:, None]
+    magnitudes = np.abs(numbers * wide(four.scales)) + np.abs(wide(four.middles))
+    size = np.abs(x[:, :k].astype(np.float64)) @ magnitudes.T * four.x_scales[:, None]
     alone = np.array(
-        [[dot_int4(1, 1, w[n:], x[t:], k, ws[n:], xs[t:])[0, 0] for n in range(WEIGHT_ROWS)] for t in range(ROWS)]
+        [[dot_int4(1, 1, four.from_row(n, t), x[t:], k)[0, 0] for n in range(WEIGHT_ROWS)] for t in range(ROWS)]
     )
     assert (np.abs(alone - exact) <= 2e-7 * (8 + k / LANES) * size).all()
     for weight_rows, rows in TILES:
-        assert np.array_equal(dot_int4(weight_rows, rows, w, x, k, ws, xs), alone[:rows, :weight_rows])
+        assert np.array_equal(dot_int4(weight_rows, rows, four, x, k), alone[:rows, :weight_rows])
 
 
 @pytest.mark.parametrize("k", [0, 1, 4, 16, 37, 64])
@@ -423,7 +445,9 @@ def test_masked_ends_touch_nothing_behind_them() -> None:
         run_dot_bfloat16(1, 1, end - 2 * n, n, end - 4 * n, n, n, y.ctypes.data, STRIP)
         run_dot_int8(1, 1, end - n, n, end - 2 * n, n, n, y.ctypes.data, STRIP, scale.ctypes.data, scale.ctypes.data)
         halves = end - (n + 1) // 2
-        run_dot_int4(1, 1, halves, n, end - 2 * n, n, n, y.ctypes.data, STRIP, scale.ctypes.data, 0, scale.ctypes.data)
+        groups = -(-n // 32)
+        tables = scale.ctypes.data, end - 2 * groups, scale.ctypes.data, end - 4 * groups, groups
+        run_dot_int4(1, 1, halves, n, end - 2 * n, n, n, y.ctypes.data, STRIP, *tables)
         run_exp_sum(end - 4 * n, n, scale.ctypes.data)
         run_silu_multiply(end - 4 * n, end - 4 * n, end - 4 * n, n)
     for columns in range(1, LANES):

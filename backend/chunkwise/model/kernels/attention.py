@@ -19,10 +19,9 @@ from numba import carray
 
 from chunkwise.model.kernels.compile import kernel
 from chunkwise.model.kernels.lora import accumulate
-from chunkwise.model.kernels.product import multiply
+from chunkwise.model.kernels.product import multiply_floats
 from chunkwise.model.kernels.tiles import as_pointer, atomic_add, exp_sum
 from chunkwise.model.kernels.views import (
-    FLOAT32,
     FULL_PAGE,
     INT8_PAGE,
     KEY_MIDDLES,
@@ -153,7 +152,7 @@ def _attend(m, s, c, layer, sequence, position, tokens, heads, start, records, q
             q = (head - heads[0]) * n
             at = _page(c, m, layer, head, s.pages[first + i], True, page_floats)
             to = scores + 4 * (q * STRETCH + i * c.page_size)
-            multiply(FLOAT32, at, 0, 0, count, queries + 4 * q * dim, 0, n, dim, to, STRETCH)
+            multiply_floats(at, 0, count, queries + 4 * q * dim, n, dim, to, STRETCH)
     for q in range((heads[1] - heads[0]) * n):
         token = q % n // group
         valid = min(max(position + token + 1 - start, 0), keys)

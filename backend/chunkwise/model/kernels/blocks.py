@@ -19,7 +19,7 @@ from chunkwise.model.kernels.product import multiply
 from chunkwise.model.kernels.team import meet
 from chunkwise.model.kernels.tiles import as_pointer, silu_multiply
 from chunkwise.model.kernels.vector import LANES
-from chunkwise.model.kernels.views import DOWN, FULL_PAGE, GATE_UP, INT8, KEYS, OUTPUT, QKV, VALUES
+from chunkwise.model.kernels.views import DOWN, FULL_PAGE, GATE_UP, INT4, INT8, KEYS, OUTPUT, QKV, VALUES
 
 _COLUMNS = 16
 
@@ -32,8 +32,9 @@ def _part(total, me, team):
 
 
 @kernel
-def _quantize(b, row, width):
-    """``inputs[row]`` as ``shorts[row]`` with one scale, as large as `tiles.largest_activation` allows."""
+def _quantize(b, row, width, kind):
+    """``inputs[row]`` as ``shorts[row]`` with one scale, as large as `tiles.largest_activation` allows, and for a
+    matrix of 4 bits the sums of its groups."""
     values = carray(as_pointer(b.inputs + 4 * row * width), width, np.float32)
     shorts = carray(as_pointer(b.shorts + 2 * row * width), width, np.int16)
     largest, poison = np.float32(0.0), np.float32(0.0)
@@ -45,6 +46,14 @@ def _quantize(b, row, width):
     inverse = np.float32(1.0) / scale if scale > np.float32(0.0) else np.float32(0.0)
     for i in range(width):
         shorts[i] = np.int16(np.rint(values[i] * inverse))
+    if kind == INT4:
+        groups = (width + 31) // 32
+        sums = carray(as_pointer(b.group_sums + 4 * row * groups), groups, np.float32)
+        for g in range(groups):
+            group_sum = 0
+            for i in range(32 * g, min(32 * g + 32, width)):
+                group_sum += shorts[i]
+            sums[g] = np.float32(group_sum)
     # A row that is not finite must stay visible in what is computed from it.
     carray(as_pointer(b.row_scales + 4 * row), 1, np.float32)[0] = scale if np.isfinite(scale) else np.float32(np.nan)
 
@@ -70,7 +79,7 @@ def _normalise(m, b, weight, source, row, kind):
     for i in range(m.hidden):
         out[i] = x[i] * scale * weights[i]
     if kind >= INT8:
-        _quantize(b, row, m.hidden)
+        _quantize(b, row, m.hidden, kind)
 
 
 @kernel
@@ -81,9 +90,9 @@ def _project(m, b, s, layer, projection, y, me, team):
         shrink(m, b, s, layer, projection, me, team)
         meet(b.sync, team)
     first, last = _part(width, me, team)
-    weights, scales = m.weights[layer, projection], m.scales[layer, projection]
+    weights, scales, middles = m.weights[layer, projection], m.scales[layer, projection], m.middles[layer, projection]
     x = b.shorts if m.kind >= INT8 else b.inputs
-    multiply(m.kind, weights, scales, first, last, x, b.row_scales, s.tokens, k, y, width)
+    multiply(m.kind, weights, scales, middles, first, last, x, b.row_scales, b.group_sums, s.tokens, k, y, width)
     if m.biases[layer, projection] != 0:
         bias = carray(as_pointer(m.biases[layer, projection]), width, np.float32)
         for t in range(s.tokens):
@@ -147,7 +156,7 @@ def _attention_block(m, b, s, c, layer, me, team):
             join(m, b, s, layer, sequence)
         if m.kind >= INT8:
             for row in range(s.first_row[sequence], s.first_row[sequence] + s.lengths[sequence]):
-                _quantize(b, row, m.ins[OUTPUT])
+                _quantize(b, row, m.ins[OUTPUT], m.kind)
     meet(b.sync, team)
     _project(m, b, s, layer, OUTPUT, b.partial, me, team)
 
@@ -165,7 +174,7 @@ def _mlp_block(m, b, s, layer, me, team):
         gate = b.wide + 8 * row * n
         silu_multiply(gate, gate + 4 * n, b.inputs + 4 * row * n, n)
         if m.kind >= INT8:
-            _quantize(b, row, n)
+            _quantize(b, row, n, m.kind)
     meet(b.sync, team)
     _project(m, b, s, layer, DOWN, b.partial, me, team)
 
@@ -187,6 +196,6 @@ def head(m, b, x, rows, logits, me, team):
         _normalise(m, b, m.final_norm, x + 4 * row * m.hidden, row, m.head_kind)
     meet(b.sync, team)
     begin, end = _part(m.vocab, me, team)
-    inputs = b.shorts if m.head_kind >= INT8 else b.inputs
-    multiply(m.head_kind, m.head, m.head_scales, begin, end, inputs, b.row_scales, rows, m.hidden, logits, m.vocab)
+    kind, inputs = m.head_kind, b.shorts if m.head_kind >= INT8 else b.inputs
+    multiply(kind, m.head, m.head_scales, 0, begin, end, inputs, b.row_scales, 0, rows, m.hidden, logits, m.vocab)
     meet(b.sync, team)

@@ -10,10 +10,10 @@ import numpy as np
 from numba import carray
 
 from chunkwise.model.kernels.compile import kernel
-from chunkwise.model.kernels.product import multiply
+from chunkwise.model.kernels.product import multiply_floats
 from chunkwise.model.kernels.tiles import ROWS, STRIP, as_pointer, expand_tile
 from chunkwise.model.kernels.vector import LANES
-from chunkwise.model.kernels.views import FLOAT32, TARGETS
+from chunkwise.model.kernels.views import TARGETS
 
 _wide_1, _wide_2, _wide_3, _wide_4 = (expand_tile(4, rows) for rows in range(1, 5))
 _narrow_1, _narrow_2, _narrow_3, _narrow_4 = (expand_tile(1, rows) for rows in range(1, 5))
@@ -90,7 +90,7 @@ def _shrink_block(b, s, k, group, module, slot, first, last):
     for member in range(start, stop, together):
         row = s.rows[member]
         x, to = b.inputs + 4 * row * k, h + row * stride
-        multiply(FLOAT32, s.a[group, module], 0, first, last, x, 0, together, k, to, b.rank)
+        multiply_floats(s.a[group, module], first, last, x, together, k, to, b.rank)
     if not s.plain[group]:
         for member in range(start, stop):
             _gate(s, group, member, module, h + s.rows[member] * stride, first, last)

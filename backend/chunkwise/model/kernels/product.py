@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from chunkwise.model.kernels.compile import kernel
 from chunkwise.model.kernels.tiles import ROWS, WEIGHT_ROWS, dot_tile, dot_tile_int4, dot_tile_int8
-from chunkwise.model.kernels.views import BFLOAT16, INT4, INT8
+from chunkwise.model.kernels.views import BFLOAT16, FLOAT32, INT4, INT8
 
 _dot_1_1, _dot_1_2, _dot_1_3, _dot_1_4 = (dot_tile(1, rows) for rows in range(1, 5))
 _dot_n_1, _dot_n_2, _dot_n_3, _dot_n_4 = (dot_tile(WEIGHT_ROWS, rows) for rows in range(1, 5))
@@ -20,7 +20,7 @@ _BLOCK_FLOATS = 96 * 1024
 
 
 @kernel
-def _one(kind, rows, w, x, k, y, ldy, w_scales, x_scales):
+def _one(kind, rows, w, x, k, y, ldy, w_scales, w_middles, x_scales, x_sums):
     """One weight row times 1 to 4 rows of x."""
     if kind == INT8:
         if rows == 1:
@@ -34,13 +34,13 @@ def _one(kind, rows, w, x, k, y, ldy, w_scales, x_scales):
     elif kind == INT4:
         groups = (k + 31) // 32
         if rows == 1:
-            _int4_1_1(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+            _int4_1_1(w, k, x, k, k, y, ldy, w_scales, w_middles, x_scales, x_sums, groups)
         elif rows == 2:
-            _int4_1_2(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+            _int4_1_2(w, k, x, k, k, y, ldy, w_scales, w_middles, x_scales, x_sums, groups)
         elif rows == 3:
-            _int4_1_3(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+            _int4_1_3(w, k, x, k, k, y, ldy, w_scales, w_middles, x_scales, x_sums, groups)
         else:
-            _int4_1_4(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+            _int4_1_4(w, k, x, k, k, y, ldy, w_scales, w_middles, x_scales, x_sums, groups)
     elif kind == BFLOAT16:
         if rows == 1:
             _half_1_1(w, k, x, k, k, y, ldy)
@@ -62,7 +62,7 @@ def _one(kind, rows, w, x, k, y, ldy, w_scales, x_scales):
 
 
 @kernel
-def _several(kind, rows, w, x, k, y, ldy, w_scales, x_scales):
+def _several(kind, rows, w, x, k, y, ldy, w_scales, w_middles, x_scales, x_sums):
     """`WEIGHT_ROWS` weight rows times 1 to 4 rows of x."""
     if kind == INT8:
         if rows == 1:
@@ -76,13 +76,13 @@ def _several(kind, rows, w, x, k, y, ldy, w_scales, x_scales):
     elif kind == INT4:
         groups = (k + 31) // 32
         if rows == 1:
-            _int4_n_1(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+            _int4_n_1(w, k, x, k, k, y, ldy, w_scales, w_middles, x_scales, x_sums, groups)
         elif rows == 2:
-            _int4_n_2(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+            _int4_n_2(w, k, x, k, k, y, ldy, w_scales, w_middles, x_scales, x_sums, groups)
         elif rows == 3:
-            _int4_n_3(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+            _int4_n_3(w, k, x, k, k, y, ldy, w_scales, w_middles, x_scales, x_sums, groups)
         else:
-            _int4_n_4(w, k, x, k, k, y, ldy, w_scales, groups, x_scales)
+            _int4_n_4(w, k, x, k, k, y, ldy, w_scales, w_middles, x_scales, x_sums, groups)
     elif kind == BFLOAT16:
         if rows == 1:
             _half_n_1(w, k, x, k, k, y, ldy)
@@ -104,12 +104,13 @@ def _several(kind, rows, w, x, k, y, ldy, w_scales, x_scales):
 
 
 @kernel
-def multiply(kind, w, w_scales, first, last, x, x_scales, rows, k, y, ldy):
+def multiply(kind, w, w_scales, w_middles, first, last, x, x_scales, x_sums, rows, k, y, ldy):
     """``y[t, n] = Σ_k w[n, k] x[t, k]`` for ``first <= n < last`` and ``rows`` t; all rows have length k.
 
     ``kind`` `FLOAT32` and `BFLOAT16` are of ``w``, with x in fp32 and no scales; `INT8` takes 16-bit x, both with row
-    scales; `INT4` the same x, and a scale per row and 32 columns. Few rows take one weight row at a time, so that the
-    weights stream in the order they lie in memory; more take a tile that uses each loaded number several times.
+    scales; `INT4` the same x and the sums of its groups, with a scale and a middle per weight row and 32 columns. Few
+    rows take one weight row at a time, so that the weights stream in the order they lie in memory; more take a tile
+    that uses each loaded number several times.
     """
     row_bytes = 4 * k
     if kind == BFLOAT16:
@@ -118,11 +119,12 @@ def multiply(kind, w, w_scales, first, last, x, x_scales, rows, k, y, ldy):
         row_bytes = k
     elif kind == INT4:
         row_bytes = (k + 1) // 2
-    row_scales = 4 * ((k + 31) // 32) if kind == INT4 else 4
+    groups = (k + 31) // 32 if kind == INT4 else 1
     x_size = 4 if kind <= BFLOAT16 else 2
     if rows <= ROWS:
         for n in range(first, last):
-            _one(kind, rows, w + row_bytes * n, x, k, y + 4 * n, ldy, w_scales + row_scales * n, x_scales)
+            ws, wm = w_scales + 4 * groups * n, w_middles + 2 * groups * n
+            _one(kind, rows, w + row_bytes * n, x, k, y + 4 * n, ldy, ws, wm, x_scales, x_sums)
         return
     block = max(_BLOCK_FLOATS // k // ROWS * ROWS, ROWS)
     for start in range(0, rows, block):
@@ -130,11 +132,18 @@ def multiply(kind, w, w_scales, first, last, x, x_scales, rows, k, y, ldy):
         n = first
         while n < last:
             tile = n + WEIGHT_ROWS <= last
-            weights, ws = w + row_bytes * n, w_scales + row_scales * n
+            weights, ws, wm = w + row_bytes * n, w_scales + 4 * groups * n, w_middles + 2 * groups * n
             for t in range(start, stop, ROWS):
-                at, to, xs, count = x + x_size * t * k, y + 4 * (t * ldy + n), x_scales + 4 * t, min(ROWS, stop - t)
+                at, to, count = x + x_size * t * k, y + 4 * (t * ldy + n), min(ROWS, stop - t)
+                xs, sums = x_scales + 4 * t, x_sums + 4 * groups * t
                 if tile:
-                    _several(kind, count, weights, at, k, to, ldy, ws, xs)
+                    _several(kind, count, weights, at, k, to, ldy, ws, wm, xs, sums)
                 else:
-                    _one(kind, count, weights, at, k, to, ldy, ws, xs)
+                    _one(kind, count, weights, at, k, to, ldy, ws, wm, xs, sums)
             n += WEIGHT_ROWS if tile else 1
+
+
+@kernel
+def multiply_floats(w, first, last, x, rows, k, y, ldy):
+    """`multiply` of fp32 by fp32."""
+    multiply(FLOAT32, w, 0, 0, first, last, x, 0, 0, rows, k, y, ldy)

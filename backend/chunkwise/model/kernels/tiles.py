@@ -47,6 +47,7 @@ from chunkwise.model.kernels.vector import (
     totals,
     unpack,
     widen,
+    widen_half,
 )
 
 _REORDERED = {"fadd", "fsub", "fmul", "fdiv"}
@@ -232,19 +233,22 @@ def dot_tile_int8(weight_rows: int, rows: int) -> Kernel:
 
 @cache
 def dot_tile_int4(weight_rows: int, rows: int) -> Kernel:
-    """``(w, ldw, x, ldx, k, y, ldy, w_scale, ld_scale, x_scale)``: ``y[t, n] = x_scale[t] Σ_k w_scale[n, k / 32] w[n,
-    k] x[t, k]``.
+    """``(w, ldw, x, ldx, k, y, ldy, w_scale, w_middle, x_scale, x_sum, groups)``: as `dot_tile` for weights of 4 bits,
+    ``w_scale[n, g] (w[n, k] - 8) + w_middle[n, g]`` with g = k / 32, see `model.linear.Matrix`.
 
-    ``w`` holds two numbers to a byte (see `model.linear.Matrix`), so row n begins ``n ⌈ldw / 2⌉`` bytes behind it;
-    ``x`` is int16. The 32 products that share a scale are summed exactly, groups in fp32.
+    Row n of ``w`` begins ``n ⌈ldw / 2⌉`` bytes behind it. ``x`` is int16, each row times ``x_scale[t]``, and ``x_sum[t,
+    g]`` are the sums of its groups as floats: what the middles are multiplied with. Rows of all four tables have length
+    ``groups``. The 32 products that share a scale are summed exactly, groups in fp32.
     """
 
     def body(b: ir.IRBuilder, args: list[ir.Value]) -> None:
-        w, ldw, x, ldx, k, y, ldy, w_scale, ld_scale, x_row_scale = args
+        w, ldw, x, ldx, k, y, ldy, w_scale, w_middle, x_row_scale, x_sum, groups = args
         half = b.lshr(b.add(ldw, I64(1)), I64(1))
         ws = _rows(b, pointer(b, w, I8), half, weight_rows)
         xs = _rows(b, pointer(b, x, I16), ldx, rows)
-        group_scales = _rows(b, pointer(b, w_scale, F32), ld_scale, weight_rows)
+        group_scales = _rows(b, pointer(b, w_scale, F32), groups, weight_rows)
+        group_middles = _rows(b, pointer(b, w_middle, I16), groups, weight_rows)
+        group_sums = _rows(b, pointer(b, x_sum, F32), groups, rows)
         ahead = b.mul(half, I64(weight_rows))
 
         def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
@@ -266,13 +270,25 @@ def dot_tile_int4(weight_rows: int, rows: int) -> Kernel:
                     new.append(fma(b, products, scale, sums[i * rows + j]))
             return new
 
-        sums = along(b, k, 2 * LANES, [splat(FLOATS, 0.0)] * (weight_rows * rows), step)
+        def middle_step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+            def read(base: ir.Value, kind: ir.VectorType) -> ir.Value:
+                return load(b, base, offset, kind) if mask is None else load_masked(b, base, offset, kind, mask)
+
+            vectors = [read(row, FLOATS) for row in group_sums]
+            new = []
+            for i, row in enumerate(group_middles):
+                middles = widen_half(b, read(row, HALVES))
+                new += [fma(b, middles, vector, sums[i * rows + j]) for j, vector in enumerate(vectors)]
+            return new
+
+        sums = along(b, groups, LANES, [splat(FLOATS, 0.0)] * (weight_rows * rows), middle_step)
+        sums = along(b, k, 2 * LANES, sums, step)
         x_scales = pointer(b, x_row_scale, F32)
         for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
             x_scale = b.load(b.gep(x_scales, [I64(j)]))
             _store_totals(b, [sums[i * rows + j] for i in range(weight_rows)], row, [x_scale] * weight_rows)
 
-    return tile(f"dot_int4_{weight_rows}_{rows}", 10, body)
+    return tile(f"dot_int4_{weight_rows}_{rows}", 12, body)
 
 
 def largest_activation(k: int) -> int:

@@ -111,6 +111,11 @@ def unpack(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return b.sub(b.bitcast(both, SHORTS), splat(SHORTS, 8))
 
 
+def widen_half(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """fp16, as `HALVES`, to `FLOATS`."""
+    return b.fpext(b.bitcast(value, ir.VectorType(ir.HalfType(), LANES)), FLOATS)
+
+
 def total(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """Sum of a float vector's lanes, halves added to halves."""
     lanes = value.type.count

@@ -29,11 +29,11 @@ TARGETS = 7
 
 
 class ModelView(NamedTuple):
-    """One rank's weights. ``weights``, ``scales`` and ``biases`` are addresses ``[layers, 4]``, of matrices of ``kind``
-    and their fp32 scales if that is `INT8` or `INT4`; the head's is ``head_kind``; a bias of 0 is none. ``norms``
-    ``[layers, 2]`` are addresses. ``outs`` and ``ins`` ``[4]`` are the projections' sizes; ``first_target`` ``[5]`` and
-    ``columns`` ``[7, 2]`` say which LoRA targets make which columns. ``signal`` ``[layers]`` numbers the layers that
-    report attention spread, else it is -1.
+    """One rank's weights. ``weights``, ``scales``, ``middles`` and ``biases`` are addresses ``[layers, 4]``, of
+    matrices of ``kind`` and their fp32 scales if that is `INT8` or `INT4`, fp16 middles if `INT4`; the head's is
+    ``head_kind``; a bias of 0 is none. ``norms`` ``[layers, 2]`` are addresses. ``outs`` and ``ins`` ``[4]`` are the
+    projections' sizes; ``first_target`` ``[5]`` and ``columns`` ``[7, 2]`` say which LoRA targets make which columns.
+    ``signal`` ``[layers]`` numbers the layers that report attention spread, else it is -1.
     """
 
     layers: int
@@ -48,6 +48,7 @@ class ModelView(NamedTuple):
     head_kind: int
     weights: Ints
     scales: Ints
+    middles: Ints
     biases: Ints
     norms: Ints
     outs: Ints
@@ -117,17 +118,18 @@ class BufferView(NamedTuple):
     """Working memory for up to as many rows as the step has.
 
     ``x`` [T, hidden] is the residual stream, ``inputs`` [T, widest in] what the next projection reads, ``shorts`` and
-    ``row_scales`` the same in 16 bits, ``wide`` [T, widest out], ``partial`` [T, hidden] what the residual stream is
-    still to receive, ``shrunk`` [3, T, ``rank``] the gated shrink outputs of the targets of one projection, ``scratch``
-    [threads, ``scratch_floats``], ``records`` one per head and attention task of a single token (see
-    `attention.STATE`). ``sync`` holds the arrivals at the barrier, ``tickets`` [layers] the attention tasks
-    taken. ``spread`` [signal layers, S].
+    ``row_scales`` the same in 16 bits and ``group_sums`` [T, ⌈in / 32⌉] its sums for 4 bits, ``wide`` [T, widest out],
+    ``partial`` [T, hidden] what the residual stream is still to receive, ``shrunk`` [3, T, ``rank``] the gated shrink
+    outputs of the targets of one projection, ``scratch`` [threads, ``scratch_floats``], ``records`` one per head and
+    attention task of a single token (see `attention.STATE`). ``sync`` holds the arrivals at the barrier, ``tickets``
+    [layers] the attention tasks taken. ``spread`` [signal layers, S].
     """
 
     x: int
     inputs: int
     shorts: int
     row_scales: int
+    group_sums: int
     wide: int
     partial: int
     shrunk: int
