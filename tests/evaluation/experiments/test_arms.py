@@ -39,14 +39,17 @@ def test_a_matched_ladder_costs_what_it_is_to_match(weights: LoraWeights, rank: 
     assert len(ladder.rungs) <= 2 and ladder.rungs[-1] == 16
 
 
-def test_a_matched_ladder_cuts_where_the_global_ladder_does(weights: LoraWeights) -> None:
+def test_a_matched_ladder_keeps_the_most_energy_for_its_cost(weights: LoraWeights) -> None:
     whole = build_ladder(weights, allocation="global")
-    cost = executed_ranks(whole)[whole.rungs.index(4)]
-    matched = matched_ladder(weights, whole, cost)
-    at = whole.rungs.index(4)
-    assert {key: ranks[0] for key, ranks in matched.active_ranks.items()} == {
-        key: ranks[at] for key, ranks in whole.active_ranks.items()
-    }
+    matched = matched_ladder(weights, whole, 2.71)
+    kept, dropped = [], []
+    for key, module in whole.modules.items():
+        worth = module.singular_values.double() ** 2 / (module.a.shape[1] + module.b_t.shape[1])
+        cut = matched.active_ranks[key][0]
+        kept += worth[:cut].tolist()
+        dropped += worth[cut:].tolist()
+        assert matched.modules[key].a is module.a
+    assert min(kept) >= max(dropped) * (1 - 1e-6)
 
 
 def test_bytes_of_factors_are_those_of_their_cut_rows(weights: LoraWeights) -> None:

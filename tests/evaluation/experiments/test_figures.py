@@ -67,6 +67,14 @@ def test_area_of_a_straight_line_and_of_a_step() -> None:
     assert aurac(ranks, [0.0, 2.0, 1.0, 1.0]) == pytest.approx((1 + 1.5 + 1) / 3)
 
 
+def test_an_area_may_start_between_two_points() -> None:
+    ranks = [0, 1, 3, 7]
+    assert aurac(ranks, [0.0, 2.0, 1.0, 1.0], start=1) == pytest.approx((1.5 + 1) / 2)
+    # Halfway from 1 to 2 on the axis the curve is at 1.5.
+    assert aurac(ranks, [0.0, 2.0, 1.0, 1.0], start=2**1.5 - 1) == pytest.approx((1.25 * 0.5 + 1) / 1.5)
+    assert aurac(ranks, [0.0, 2.0, 1.0, 1.0], start=0) == aurac(ranks, [0.0, 2.0, 1.0, 1.0])
+
+
 def test_area_knows_neither_unit_nor_sign_and_needs_a_gain() -> None:
     ranks, qualities = [0.0, 0.25, 2.5, 16.0], [3.0, 5.0, 8.0, 9.0]
     assert aurac(ranks, [-7.0 * q + 1.0 for q in qualities]) == pytest.approx(aurac(ranks, qualities))

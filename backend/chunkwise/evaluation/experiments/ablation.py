@@ -51,7 +51,8 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
     notes = (
         "Every arm changes which signals make the complexity that chooses the rank; all else is one policy.",
         "Difference: NLL per token less that of the fixed rung of the same executed mean rank, on the same items "
-        "(global ranks); below 0 the signals earn their keep. Brackets: 95 %, bootstrap over items.",
+        "(ranks that keep the most energy for their cost); below 0 the signals earn their keep. "
+        "Brackets: 95 %, bootstrap over items.",
         f"Tokens are decoded one by one as given: {sizes.told(settings.items)}, drawn with seed {settings.seed}.",
     )
     title = "Signals alone and left out, against a fixed rung of equal cost"

@@ -57,20 +57,24 @@ def difference(measure: Measure, first: Sequence[Record], second: Sequence[Recor
     return paired_difference(*pairs, measure.task.metrics[metric], measure.settings.selection.seed)
 
 
-def aurac(ranks: Sequence[float], qualities: Sequence[float]) -> float:
+def aurac(ranks: Sequence[float], qualities: Sequence[float], start: float = 0.0) -> float:
     """Area under the rank-quality curve: the mean over ``log2(1 + rank)`` of the share of the adapter's gain that a
     rank gives, ``(q_k - q_0) / (q_full - q_0)``, by trapezoids from the first point (the base model) to the last (full
     rank). 0: nothing before full rank; 1: all of it from the first step on. NaN where full rank gains nothing.
 
     The paper's name for it leaves the axis open. On a linear one the upper half of the ranks, where curves are flat,
     would be half of the area; on this one every doubling counts alike, and rank 0 is finite. The sign of a metric, and
-    its unit, cancel, so that areas of different metrics can be compared.
+    its unit, cancel, so that areas of different metrics can be compared. With ``start`` the mean is over the ranks from
+    there on.
     """
     gain = qualities[-1] - qualities[0]
     if gain == 0.0:
         return math.nan
     shares = (np.asarray(qualities) - qualities[0]) / gain
     axis = np.log2(1.0 + np.asarray(ranks))
+    first = np.log2(1.0 + start)
+    shares = np.concatenate(([np.interp(first, axis, shares)], shares[axis > first]))
+    axis = np.concatenate(([first], axis[axis > first]))
     return float(np.sum(np.diff(axis) * (shares[1:] + shares[:-1]) / 2) / (axis[-1] - axis[0]))
 
 
@@ -81,9 +85,12 @@ def curve_area(measure: Measure, curve: Sequence[Point], metric: str) -> Interva
     return interval(_stacked(curve, metric), area, measure.settings.selection.seed)
 
 
-def area_difference(measure: Measure, first: Sequence[Point], second: Sequence[Point], metric: str) -> Interval:
-    """The area of ``first`` less that of ``second``, of the same items, with its paired interval."""
-    areas = [_area_of_sums(measure, curve, metric) for curve in (first, second)]
+def area_difference(
+    measure: Measure, first: Sequence[Point], second: Sequence[Point], metric: str, start: float = 0.0
+) -> Interval:
+    """The area of ``first`` less that of ``second`` from the rank ``start`` on, of the same items, with its paired
+    interval."""
+    areas = [_area_of_sums(measure, curve, metric, start) for curve in (first, second)]
     tables = [_stacked(curve, metric) for curve in (first, second)]
     width = len(tables[0][0])
     both = [[*a, *b] for a, b in zip(*tables, strict=True)]
@@ -122,12 +129,12 @@ def _stacked(curve: Sequence[Point], metric: str) -> list[list[float]]:
     return [[number for statistics in row for number in statistics] for row in zip(*columns, strict=True)]
 
 
-def _area_of_sums(measure: Measure, curve: Sequence[Point], name: str) -> Metric:
+def _area_of_sums(measure: Measure, curve: Sequence[Point], name: str, start: float = 0.0) -> Metric:
     metric = measure.task.metrics[name]
     ranks = [point.rank for point in curve]
 
     def area(sums: NDArray[np.float64]) -> float:
         parts = np.split(sums, len(ranks))
-        return aurac(ranks, [metric(part) for part in parts])
+        return aurac(ranks, [metric(part) for part in parts], start)
 
     return area

@@ -82,10 +82,12 @@ class _Read:
     def area_more(self, curve: Sequence[Point], than: Sequence[Point]) -> Interval:
         return figures.area_difference(self.measured.measure, curve, than, self.reading.metric)
 
-    def area_more_at_common_rungs(self, curve: Sequence[Point], than: Sequence[Point]) -> Interval:
-        """A line between two far points lies below a curve, so curves are compared over as many points."""
-        common = {point.rung for point in curve} & {point.rung for point in than}
-        return self.area_more(*([point for point in points if point.rung in common] for points in (curve, than)))
+    def area_more_from_common_rung(self, curve: Sequence[Point], than: Sequence[Point]) -> Interval:
+        """From the first rung on that both curves have. Below it most is gained, and one of them may have no points:
+        a line to its first rung would say nothing of it."""
+        first = min({point.rung for point in curve[1:]} & {point.rung for point in than[1:]})
+        start = max(point.rank for points in (curve, than) for point in points if point.rung == first)
+        return figures.area_difference(self.measured.measure, curve, than, self.reading.metric, start)
 
 
 def rank_report(measured: Sequence[Measured], notes: Sequence[str]) -> Report:
@@ -156,7 +158,7 @@ def _area_rows(one: _Read) -> Iterator[tuple[Cell, ...]]:
     curves = one.measured.curves
     first = next(iter(curves.values()))
     for name, curve in curves.items():
-        more = None if curve is first else one.area_more_at_common_rungs(curve, first)
+        more = None if curve is first else one.area_more_from_common_rung(curve, first)
         yield *one.head, name, one.area(curve), more, *_enough(one, one.measured.ladders[name], curve)
 
 

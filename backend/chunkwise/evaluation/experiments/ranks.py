@@ -24,7 +24,7 @@ _QUICK_RUNGS = (0.25, 1, 4)
 _DECODE_WINDOW, _DECODE_CONTEXT = 192, 32
 _POLICY_NOTE = (
     "Ranks are means over all computed positions, prompts included, as executed: modules weighted by their size. A "
-    "policy is compared with the fixed rung of the same mean rank, global ranks."
+    "policy is compared with the fixed rung of the same mean rank whose ranks keep the most energy for their cost."
 )
 
 
@@ -43,8 +43,8 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
         "differences and losses are paired.",
         _POLICY_NOTE,
         "AURAC: mean over log2(1 + rank) of the share of the adapter's gain over the base model that a rank gives; "
-        "more: than that of the first curve, over the rungs that both have; for policies, than that of fixed rungs at "
-        "their ranks.",
+        "more: than that of the first curve, from the first rung on that both have; for policies, than that of fixed "
+        "rungs at their ranks.",
         "Enough: smallest rung from which on all lose at most 1 % of full rank's perplexity, or score; surely: by the "
         "upper end of the interval. Bytes are of the factors cut at the former, in fp32.",
     ]
