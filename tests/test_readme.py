@@ -20,6 +20,9 @@ def test_scripts_are_there_and_executable(name: str) -> None:
     assert os.access(ROOT / "scripts" / name, os.X_OK)
 
 
+BENCH_KV = {"--batch", "--context", "--rivals"}
+
+
 def test_the_policy_shown_is_the_default() -> None:
     (block,) = re.findall(r"```toml\n(.*?)```", README, flags=re.DOTALL)
     assert parse_policy(block) == SteeringPolicy()
@@ -30,7 +33,7 @@ def test_flags_are_known() -> None:
     parser = build_parser({})
     for action in parser._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr, attr-defined]
         known |= set(action._option_string_actions)
-    elsewhere = {"--uds-path", "--plain-shards", "--socket", "--adapter", "--prompts", "--strict"}
+    elsewhere = {"--uds-path", "--plain-shards", "--socket", "--adapter", "--prompts", "--strict", *BENCH_KV}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known | elsewhere
 
 
