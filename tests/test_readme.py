@@ -13,14 +13,12 @@ from chunkwise.config.policy import SteeringPolicy, parse_policy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCH_KV = {"--batch", "--context", "--rivals"}
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"scripts/(\w+)", README))))
 def test_scripts_are_there_and_executable(name: str) -> None:
     assert os.access(ROOT / "scripts" / name, os.X_OK)
-
-
-BENCH_KV = {"--batch", "--context", "--rivals"}
 
 
 def test_the_policy_shown_is_the_default() -> None:
