@@ -29,6 +29,7 @@ _SHARD_FLAGS = (
     *_SHARED,
     "dtype",
     "quantize",
+    "max_active_adapters",
     "record_cuda_graphs",
     "max_batch_total_tokens",
     "enable_prefill_logprobs",
