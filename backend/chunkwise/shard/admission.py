@@ -93,9 +93,9 @@ class Admission:
             raise UnknownAdapter(f"adapter {adapter_id!r} is not served; served are {list(self.adapters.names())}")
         try:
             adapter = self.adapters.get(adapter_id)
-        except AdapterError:
+        except (AdapterError, OSError) as error:
             self.agree(False)
-            raise
+            raise AdapterError(f"adapter {adapter_id!r} cannot be read again: {error}") from error
         # A rank that computed without the others' part would wait for them for ever.
         if not self.agree(True):
             raise AdapterError(f"adapter {adapter_id!r} could not be read by another shard; see its log")
