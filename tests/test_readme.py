@@ -13,7 +13,7 @@ from chunkwise.config.policy import SteeringPolicy, parse_policy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BENCH_KV = {"--batch", "--context", "--rivals"}
+BENCH_KV = {"--batch", "--context", "--depths", "--hay", "--policies", "--rivals"}
 
 
 @pytest.mark.parametrize("name", sorted(set(re.findall(r"scripts/(\w+)", README))))

@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from chunkwise_adapters.format import InvalidRung, LoraWeights, ModuleKey
+from chunkwise_adapters.sensitivity import Sensitivity
 from chunkwise_adapters.whitening import Calibration, ShrinkMoments, plain, whitened
 
 Allocation = Literal["uniform", "global"]
-LadderKind = Literal["plain", "whitened"]
+LadderKind = Literal["plain", "whitened", "sensitive"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,11 +27,26 @@ class LadderModule:
     orthonormal. ``singular_values`` [R] descend; cutting at rank k loses the sum of the squares from k on. In a plain
     ladder they are those of ``ΔW`` (the row norms of ``a``) and the loss is ``‖ΔW - ΔW_k‖²_F``; in a whitened one they
     are the root mean squares of ``a @ x`` on the calibration data and the loss is the mean ``‖ΔW x - ΔW_k x‖²``.
+    ``sensitivity`` [R], fp32, never rises; only a sensitive ladder has it: what its ranks are worth on the calibration
+    data, see `chunkwise_adapters.sensitivity`.
     """
 
     a: Tensor
     b_t: Tensor
     singular_values: Tensor
+    sensitivity: Tensor | None = None
+
+    @property
+    def cost(self) -> int:
+        """What one rank costs: in + out multiplications per token, and as many weights."""
+        return self.a.shape[1] + self.b_t.shape[1]
+
+    @property
+    def worth(self) -> NDArray[np.float64]:
+        """What global ranks compare, per rank [R]: the sensitivity, or else the energy that it keeps."""
+        if self.sensitivity is not None:
+            return self.sensitivity.double().numpy()
+        return self.singular_values.double().numpy() ** 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,8 +55,8 @@ class LadderInfo:
 
     ``rungs`` ascend and end with ``trained_rank``. They are budgets of ranks per module; with global allocation they
     may be fractions (whole ones are ints, and print so). Parallel to them: ``kept_energy``, the share of the sum of all
-    modules' squared singular values that the rung keeps (1 where they are all zero), and ``mean_active_rank`` over the
-    modules.
+    modules' squared singular values that the rung keeps (1 where they are all zero), and ``mean_active_rank``, the mean
+    over the modules weighted by their cost: equal numbers are equal multiplications per token, and equal bytes.
     """
 
     name: str
@@ -63,8 +79,8 @@ class LadderInfo:
 @dataclass(frozen=True, slots=True, eq=False)
 class RankLadder(LadderInfo):
     """An adapter as nested factors. ``active_ranks`` holds, per module, its active rank at each of the ``rungs``; it
-    never falls from one rung to the next and reaches the stored rank at the last. ``calibration`` is what a whitened
-    ladder was fitted to, None in a plain one."""
+    never falls from one rung to the next and reaches the stored rank at the last. ``calibration`` is what a whitened or
+    sensitive ladder was fitted to, None in a plain one."""
 
     modules: dict[ModuleKey, LadderModule]
     active_ranks: dict[ModuleKey, tuple[int, ...]]
@@ -73,8 +89,12 @@ class RankLadder(LadderInfo):
 
     @property
     def kind(self) -> LadderKind:
-        """Whether the weights alone ("plain") or calibration data ("whitened") order the ranks."""
-        return "plain" if self.calibration is None else "whitened"
+        """What orders the ranks: the weights alone ("plain"), or calibration data: inside a module by its output on
+        them ("whitened"), or among the modules by their loss ("sensitive")."""
+        if self.calibration is None:
+            return "plain"
+        sensitive = any(module.sensitivity is not None for module in self.modules.values())
+        return "sensitive" if sensitive else "whitened"
 
     @property
     def truncation_errors(self) -> tuple[float, ...]:
@@ -91,26 +111,29 @@ def build_ladder(
     weights: LoraWeights,
     rungs: Sequence[float] | None = None,
     allocation: Allocation = "uniform",
-    moments: ShrinkMoments | None = None,
+    fitted: ShrinkMoments | Sensitivity | None = None,
 ) -> RankLadder:
-    """The ladder of an adapter: whitened with ``moments``, else plain.
+    """The ladder of an adapter: whitened with `ShrinkMoments`, sensitive with a `Sensitivity`, else plain.
 
     ``rungs`` are rank budgets per module; None takes 0 and the powers of two below the trained rank, with "global" from
     1/4 on. The trained rank itself is always the last rung. With "uniform" every module gets the budget; with "global"
-    the same total goes to the largest singular values of all modules: no other choice of ranks with that total has a
-    smaller truncation error. A fraction is a budget for all modules together: 1/4 rounds to a rank for every fourth.
+    what that costs (`LadderModule.cost`) is spent where a unit of it is worth most, by squared singular value or
+    sensitivity over cost, down to the rank at which the total comes nearest to it. That is the greedy order for a
+    knapsack: no choice of ranks of the total's cost is worth more. A fraction is a budget for all modules together.
 
     Raises:
         InvalidRung: a rung below 0 or above the trained rank, or a fraction with "uniform".
-        InvalidCalibration: ``moments`` of another adapter, of no tokens, or that are not finite.
+        InvalidCalibration: ``fitted`` to another adapter, of no tokens, or not finite.
     """
-    if moments is not None:
-        moments.check(weights)
+    if fitted is not None:
+        fitted.check(weights)
     modules: dict[ModuleKey, LadderModule] = {}
     for key, pair in weights.modules.items():
-        a, b_t, strength = plain(pair) if moments is None else whitened(pair, moments.second[key])
-        modules[key] = LadderModule(a.float().contiguous(), b_t.float().contiguous(), strength.float())
-    return assemble_ladder(weights, modules, rungs, allocation, None if moments is None else moments.calibration)
+        moments = fitted.second[key] if isinstance(fitted, ShrinkMoments) else None
+        worth = fitted.nested(key) if isinstance(fitted, Sensitivity) else None
+        a, b_t, strength = plain(pair) if moments is None else whitened(pair, moments)
+        modules[key] = LadderModule(a.float().contiguous(), b_t.float().contiguous(), strength.float(), worth)
+    return assemble_ladder(weights, modules, rungs, allocation, None if fitted is None else fitted.calibration)
 
 
 def assemble_ladder(
@@ -124,7 +147,9 @@ def assemble_ladder(
     resolved = _rungs(weights, rungs, allocation)
     spectra = [module.singular_values.double().numpy() for module in modules.values()]
     stored = np.array([len(spectrum) for spectrum in spectra])
-    active = _uniform(stored, resolved) if allocation == "uniform" else _global(spectra, stored, resolved)
+    costs = np.array([module.cost for module in modules.values()])
+    worth = [module.worth for module in modules.values()]
+    active = _uniform(stored, resolved) if allocation == "uniform" else _global(worth, costs, resolved)
     energy = [np.concatenate(([0.0], np.cumsum(spectrum**2))) for spectrum in spectra]
     kept = [sum(float(e[k]) for e, k in zip(energy, ranks, strict=True)) for ranks in active]
     return RankLadder(
@@ -133,7 +158,7 @@ def assemble_ladder(
         trained_rank=weights.trained_rank,
         rungs=resolved,
         kept_energy=tuple(value / kept[-1] if kept[-1] > 0.0 else 1.0 for value in kept),
-        mean_active_rank=tuple(float(ranks.mean()) for ranks in active),
+        mean_active_rank=tuple(float(ranks @ costs / costs.sum()) for ranks in active),
         modules=modules,
         active_ranks={key: tuple(int(ranks[i]) for ranks in active) for i, key in enumerate(modules)},
         allocation=allocation,
@@ -164,11 +189,14 @@ def _uniform(stored: NDArray[np.intp], rungs: Sequence[float]) -> list[NDArray[n
 
 
 def _global(
-    spectra: Sequence[NDArray[np.float64]], stored: NDArray[np.intp], rungs: Sequence[float]
+    worth: Sequence[NDArray[np.float64]], costs: NDArray[np.intp], rungs: Sequence[float]
 ) -> list[NDArray[np.intp]]:
-    """Ranks from one order over all singular values, so rungs are nested; ties go to the lower index, then module."""
+    """Ranks from one order over those of all modules, so rungs are nested; ties go to the lower index, then module."""
+    stored = np.array([len(one) for one in worth])
     module = np.repeat(np.arange(len(stored)), stored)
     index = np.concatenate([np.arange(rank) for rank in stored])
-    owner = module[np.lexsort((module, index, -np.concatenate(spectra)))]
-    totals = [round(float(np.minimum(rung, stored).sum())) for rung in rungs]
-    return [np.bincount(owner[:total], minlength=len(stored)) for total in totals]
+    owner = module[np.lexsort((module, index, -np.concatenate(worth) / costs[module]))]
+    half_spent = np.cumsum(costs[owner]) - costs[owner] / 2.0
+    budgets = [float((np.minimum(rung, stored) * costs).sum()) for rung in rungs]
+    counts = [np.searchsorted(half_spent, budget, side="right") for budget in budgets]
+    return [np.bincount(owner[:count], minlength=len(stored)) for count in counts]

@@ -3,8 +3,9 @@
 A file is never trusted: sizes, types, shapes and numbers are checked, and its factors must multiply to the adapter's
 update. Pickle files are never read.
 
-Format: fp32 tensors ``layers.N.TARGET.a`` [R, in], ``.b_t`` [R, out], ``.singular_values`` [R] and int64
-``.active_ranks`` [rungs] per module; what else there is to know lies as JSON in the metadata entry `_ENTRY`.
+Format: fp32 tensors ``layers.N.TARGET.a`` [R, in], ``.b_t`` [R, out], ``.singular_values`` [R], in a sensitive ladder
+``.sensitivity`` [R], and int64 ``.active_ranks`` [rungs] per module; what else there is to know lies as JSON in the
+metadata entry `_ENTRY`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -31,8 +32,8 @@ from chunkwise_adapters.whitening import Calibration
 
 LADDER_FILE = "ladder.safetensors"
 _ENTRY = "chunkwise_ladder"
-_VERSION = 1
-_DTYPES = {"a": "F32", "b_t": "F32", "singular_values": "F32", "active_ranks": "I64"}
+_VERSION = 2
+_DTYPES = {"a": "F32", "b_t": "F32", "singular_values": "F32", "sensitivity": "F32", "active_ranks": "I64"}
 # What names, types and offsets may take in the header, per tensor and for the rest: several times what they do take.
 _HEADER_BYTES_PER_TENSOR, _HEADER_BYTES = 512, 1 << 16
 _MOST_RUNGS = 1024
@@ -47,9 +48,15 @@ class _Entry:
 
     adapter_hash: str
     base_hash: str
+    kind: LadderKind
     calibration: Calibration | None
     allocation: Allocation
     rungs: list[float]
+
+    @property
+    def parts(self) -> list[str]:
+        """The tensors of every module."""
+        return [part for part in _DTYPES if part != "sensitivity" or self.kind == "sensitive"]
 
 
 def save_ladder(ladder: RankLadder, path: Path, base_hash: str) -> None:
@@ -63,6 +70,8 @@ def save_ladder(ladder: RankLadder, path: Path, base_hash: str) -> None:
         tensors[_name(key, "a")] = module.a
         tensors[_name(key, "b_t")] = module.b_t
         tensors[_name(key, "singular_values")] = module.singular_values
+        if module.sensitivity is not None:
+            tensors[_name(key, "sensitivity")] = module.sensitivity
         tensors[_name(key, "active_ranks")] = torch.tensor(ladder.active_ranks[key])
     calibration = ladder.calibration
     entry = {
@@ -111,17 +120,25 @@ def load_ladder(path: Path, weights: LoraWeights, base_hash: str) -> RankLadder:
         with safe_open(path, framework="pt") as file:
             entry = _parse(file.metadata(), where)
             _check_origin(entry, weights, base_hash, where)
-            _check_tensors(file, weights, len(entry.rungs), where)
+            _check_tensors(file, weights, entry, where)
             # Cloned, because what safe_open returns changes with the file.
             read = {
-                (key, part): file.get_tensor(_name(key, part)).clone() for key in weights.modules for part in _DTYPES
+                (key, part): file.get_tensor(_name(key, part)).clone()
+                for key in weights.modules
+                for part in entry.parts
             }
     except (SafetensorError, OSError) as error:
         raise BrokenLadder(f"{where} is not a readable safetensors file: {error}; {_REMEDY}") from error
     modules = {
-        key: LadderModule(read[key, "a"], read[key, "b_t"], read[key, "singular_values"]) for key in weights.modules
+        key: LadderModule(
+            read[key, "a"], read[key, "b_t"], read[key, "singular_values"], read.get((key, "sensitivity"))
+        )
+        for key in weights.modules
     }
-    _check_spectra(modules, where)
+    for key, module in modules.items():
+        _check_descending(module.singular_values, "singular values", key, where)
+        if module.sensitivity is not None:
+            _check_descending(module.sensitivity, "sensitivities", key, where)
     try:
         ladder = assemble_ladder(weights, modules, entry.rungs, entry.allocation, entry.calibration)
     except InvalidRung as error:
@@ -138,8 +155,9 @@ def ladder_digest(ladder: RankLadder) -> str:
     digest = hashlib.sha256(json.dumps([ladder.content_hash, ladder.rungs]).encode())
     for key, module in ladder.modules.items():
         digest.update(json.dumps([*key, *ladder.active_ranks[key], list(module.a.shape)]).encode())
-        for tensor in (module.a, module.b_t, module.singular_values):
-            digest.update(tensor.numpy().data)
+        for tensor in (module.a, module.b_t, module.singular_values, module.sensitivity):
+            if tensor is not None:
+                digest.update(tensor.numpy().data)
     return digest.hexdigest()
 
 
@@ -160,6 +178,7 @@ def _shapes(pair: LoraPair, n_rungs: int) -> dict[str, list[int]]:
         "a": [stored_rank, inp],
         "b_t": [stored_rank, out],
         "singular_values": [stored_rank],
+        "sensitivity": [stored_rank],
         "active_ranks": [n_rungs],
     }
 
@@ -191,11 +210,12 @@ def _parse(metadata: dict[str, str] | None, where: str) -> _Entry:
 
     kind: LadderKind = field("kind", get_args(LadderKind).__contains__)
     calibration = None
-    if kind == "whitened":
+    if kind != "plain":
         calibration = Calibration(field("calibration_hash", _is_str), field("calibration_tokens", _is_int))
     return _Entry(
         adapter_hash=field("adapter_hash", _is_str),
         base_hash=field("base_hash", _is_str),
+        kind=kind,
         calibration=calibration,
         allocation=field("allocation", get_args(Allocation).__contains__),
         rungs=field("rungs", lambda value: isinstance(value, list) and all(map(_is_budget, value))),
@@ -226,12 +246,12 @@ def _check_origin(entry: _Entry, weights: LoraWeights, base_hash: str, where: st
             )
 
 
-def _check_tensors(file: Any, weights: LoraWeights, n_rungs: int, where: str) -> None:
+def _check_tensors(file: Any, weights: LoraWeights, entry: _Entry, where: str) -> None:
     """Names, types and shapes, from the header alone."""
     expected = {
-        _name(key, part): (_DTYPES[part], shape)
+        _name(key, part): (_DTYPES[part], _shapes(pair, len(entry.rungs))[part])
         for key, pair in weights.modules.items()
-        for part, shape in _shapes(pair, n_rungs).items()
+        for part in entry.parts
     }
     names = set(file.keys())
     if names != set(expected):
@@ -246,14 +266,10 @@ def _check_tensors(file: Any, weights: LoraWeights, n_rungs: int, where: str) ->
             raise BrokenLadder(f"{where}: {name} is {found}; expected is {(dtype, shape)}; {_REMEDY}")
 
 
-def _check_spectra(modules: Mapping[ModuleKey, LadderModule], where: str) -> None:
-    for key, module in modules.items():
-        values = module.singular_values
-        descending = bool((values[:-1] >= values[1:]).all()) and bool((values >= 0).all())
-        if not descending or not bool(torch.isfinite(values).all()):
-            raise BrokenLadder(
-                f"{where}: the singular values of layer {key[0]} {key[1]} are not finite and descending; {_REMEDY}"
-            )
+def _check_descending(values: Tensor, what: str, key: ModuleKey, where: str) -> None:
+    descending = bool((values[:-1] >= values[1:]).all()) and bool((values >= 0).all())
+    if not descending or not bool(torch.isfinite(values).all()):
+        raise BrokenLadder(f"{where}: the {what} of layer {key[0]} {key[1]} are not finite and descending; {_REMEDY}")
 
 
 def _check_product(ladder: RankLadder, weights: LoraWeights, where: str) -> None:

@@ -36,6 +36,21 @@ def inputs_of(weights: LoraWeights, tokens: int, seed: int = 0) -> dict[ModuleKe
     }
 
 
+def costs_of_rungs(ladder: RankLadder) -> list[float]:
+    """What every rung costs, in ranks of all modules."""
+    total = sum(module.cost for module in ladder.modules.values())
+    return [
+        sum(module.cost * ladder.active_ranks[key][i] for key, module in ladder.modules.items()) / total
+        for i in range(len(ladder.rungs))
+    ]
+
+
+def half_a_rank(ladder: RankLadder) -> float:
+    """How far a global rung may be from its budget: half a rank of the dearest module."""
+    costs = [module.cost for module in ladder.modules.values()]
+    return max(costs) / sum(costs) / 2 + 1e-9
+
+
 def moments_of(weights: LoraWeights, inputs: dict[ModuleKey, Tensor]) -> ShrinkMoments:
     shrunk = {key: x @ weights.modules[key].a.double().T for key, x in inputs.items()}
     second = {key: h.T @ h / len(h) for key, h in shrunk.items()}
@@ -115,13 +130,11 @@ def test_default_rungs_of_a_global_ladder_go_below_one(make_weights: Callable[..
     assert f"{rungs}" == "(0, 0.25, 0.5, 1, 2, 4, 8)"
 
 
-def test_a_fraction_is_a_share_of_the_modules_largest_ranks(make_weights: Callable[..., LoraWeights]) -> None:
+def test_a_fraction_is_a_share_of_all_modules_cost(make_weights: Callable[..., LoraWeights]) -> None:
     ladder = build_ladder(make_weights(rank=MIXED_RANKS), rungs=[0.25, 0.5, 0.6, 1.5], allocation="global")
-    totals = [sum(ranks[i] for ranks in ladder.active_ranks.values()) for i in range(4)]
-    assert totals == [1, 2, 2, 6]
-    assert ladder.mean_active_rank[:4] == (0.25, 0.5, 0.5, 1.5)
-    first = max(ladder.modules, key=lambda key: float(ladder.modules[key].singular_values[0]))
-    assert {key: ranks[0] for key, ranks in ladder.active_ranks.items() if ranks[0]} == {first: 1}
+    assert costs_of_rungs(ladder)[:4] == pytest.approx([0.25, 0.5, 0.6, 1.5], abs=half_a_rank(ladder))
+    worth = {key: float(m.singular_values[0]) / m.cost**0.5 for key, m in ladder.modules.items()}
+    assert ladder.active_ranks[max(worth, key=worth.__getitem__)][0] >= 1
     assert ladder.rung_index(0.5) == 1
     with pytest.raises(InvalidRung, match=r"no rung 0\.3; its rungs are \(0\.25, 0\.5, 0\.6, 1\.5, 32\)"):
         ladder.rung_index(0.3)
@@ -153,17 +166,19 @@ def test_rung_index(make_weights: Callable[..., LoraWeights]) -> None:
 
 
 @pytest.mark.parametrize("allocation", BOTH)
-def test_rungs_are_nested_and_spend_the_uniform_total(
+def test_rungs_are_nested_and_cost_what_uniform_ones_do(
     make_weights: Callable[..., LoraWeights], allocation: Allocation
 ) -> None:
     ladder = build_ladder(make_weights(rank=MIXED_RANKS), allocation=allocation)
     for key, ranks in ladder.active_ranks.items():
         assert all(before <= after for before, after in itertools.pairwise(ranks))
         assert ranks[-1] == len(ladder.modules[key].a) == MIXED_RANKS[key]
-    for i, rung in enumerate(ladder.rungs):
-        total = sum(min(rung, rank) for rank in MIXED_RANKS.values())
-        assert sum(ranks[i] for ranks in ladder.active_ranks.values()) == total
-        assert ladder.mean_active_rank[i] == pytest.approx(total / len(MIXED_RANKS))
+    cost = {key: module.cost for key, module in ladder.modules.items()}
+    uniform = [
+        sum(min(rung, MIXED_RANKS[key]) * cost[key] for key in cost) / sum(cost.values()) for rung in ladder.rungs
+    ]
+    assert costs_of_rungs(ladder) == pytest.approx(uniform, abs=half_a_rank(ladder))
+    assert ladder.mean_active_rank == pytest.approx(costs_of_rungs(ladder))
 
 
 def test_uniform_gives_every_module_the_budget_up_to_its_rank(make_weights: Callable[..., LoraWeights]) -> None:
@@ -172,12 +187,14 @@ def test_uniform_gives_every_module_the_budget_up_to_its_rank(make_weights: Call
     assert ladder.active_ranks[1, "up_proj"] == (0, 1, 2, 4, 7, 7, 7)
 
 
-def test_global_keeps_the_largest_singular_values_of_all_modules(make_weights: Callable[..., LoraWeights]) -> None:
+def test_global_keeps_what_has_most_energy_for_its_cost(make_weights: Callable[..., LoraWeights]) -> None:
     ladder = build_ladder(make_weights(rank=MIXED_RANKS), allocation="global")
     for i in range(len(ladder.rungs)):
-        cut = {key: ranks[i] for key, ranks in ladder.active_ranks.items()}
-        kept = [float(s) for key, k in cut.items() for s in ladder.modules[key].singular_values[:k]]
-        dropped = [float(s) for key, k in cut.items() for s in ladder.modules[key].singular_values[k:]]
+        kept, dropped = [], []
+        for key, module in ladder.modules.items():
+            worth, cut = (module.singular_values.double() ** 2 / module.cost).tolist(), ladder.active_ranks[key][i]
+            kept += worth[:cut]
+            dropped += worth[cut:]
         assert min(kept, default=float("inf")) >= max(dropped, default=0.0)
 
 
@@ -203,11 +220,12 @@ def test_kept_energy_is_the_share_of_the_squared_norm(
         assert kept == pytest.approx(1.0 - lost / total, abs=1e-6)
 
 
-def test_global_keeps_at_least_the_energy_of_uniform(make_weights: Callable[..., LoraWeights]) -> None:
+def test_global_keeps_more_energy_for_its_cost_than_uniform(make_weights: Callable[..., LoraWeights]) -> None:
     weights = make_weights(rank=MIXED_RANKS)
-    uniform, spread = (build_ladder(weights, [0, 1, 2, 4, 8], allocation) for allocation in BOTH)
-    assert all(g >= u for g, u in zip(spread.kept_energy, uniform.kept_energy, strict=True))
-    assert spread.kept_energy != uniform.kept_energy
+    uniform, spread = (build_ladder(weights, [1, 2, 4, 8], allocation) for allocation in BOTH)
+    for i in range(4):
+        gained = (spread.kept_energy[i] - uniform.kept_energy[i]) / uniform.kept_energy[i]
+        assert gained > spread.mean_active_rank[i] / uniform.mean_active_rank[i] - 1
 
 
 class TestWhitened:
@@ -219,7 +237,7 @@ class TestWhitened:
         """Also with fewer tokens than ranks, where the second moment is singular."""
         weights = LoraWeights("a", "hash", {(0, "q_proj"): pair})
         inputs = inputs_of(weights, tokens, seed)
-        module = build_ladder(weights, moments=moments_of(weights, inputs)).modules[0, "q_proj"]
+        module = build_ladder(weights, fitted=moments_of(weights, inputs)).modules[0, "q_proj"]
         squares = module.singular_values.double() ** 2
         total = float(squares.sum())
         for k in range(len(module.a) + 1):
@@ -230,7 +248,7 @@ class TestWhitened:
     @settings(deadline=None)
     def test_full_rank_is_the_same_update(self, pair: LoraPair, tokens: int) -> None:
         weights = LoraWeights("a", "hash", {(0, "q_proj"): pair})
-        ladder = build_ladder(weights, moments=moments_of(weights, inputs_of(weights, tokens)))
+        ladder = build_ladder(weights, fitted=moments_of(weights, inputs_of(weights, tokens)))
         module = ladder.modules[0, "q_proj"]
         torch.testing.assert_close(prefix(module, len(module.a)), delta(pair), rtol=0, atol=1e-5)
         identity = torch.eye(len(module.a))
@@ -240,7 +258,7 @@ class TestWhitened:
         """The best rank-k approximation of the outputs themselves (Eckart and Young) is the bound."""
         weights = make_weights(rank=MIXED_RANKS)
         inputs = inputs_of(weights, 200)
-        ladder = build_ladder(weights, moments=moments_of(weights, inputs))
+        ladder = build_ladder(weights, fitted=moments_of(weights, inputs))
         for key, pair in weights.modules.items():
             best = torch.linalg.svdvals(delta(pair) @ inputs[key].T) ** 2 / 200
             for k in range(pair.trained_rank + 1):
@@ -251,7 +269,7 @@ class TestWhitened:
         """``R_b G^{1/2} = U S Vᵀ``, ``B' = Q_b U``, ``A' = S Vᵀ G^{-1/2} A``; signs of directions are free."""
         weights = make_weights(rank=8)
         moments = moments_of(weights, inputs_of(weights, 300))
-        ladder = build_ladder(weights, moments=moments)
+        ladder = build_ladder(weights, fitted=moments)
         for key, pair in weights.modules.items():
             values, vectors = torch.linalg.eigh(moments.second[key])
             root = (vectors * values.sqrt()) @ vectors.T
@@ -268,7 +286,7 @@ class TestWhitened:
         weights = make_weights(rank=MIXED_RANKS)
         second = {key: (pair.a @ pair.a.T).double() for key, pair in weights.modules.items()}
         white = ShrinkMoments(weights.content_hash, Calibration("text", 1), second)
-        plain, whitened = build_ladder(weights), build_ladder(weights, moments=white)
+        plain, whitened = build_ladder(weights), build_ladder(weights, fitted=white)
         for key, module in plain.modules.items():
             torch.testing.assert_close(
                 whitened.modules[key].singular_values, module.singular_values, rtol=1e-4, atol=1e-5
@@ -279,7 +297,7 @@ class TestWhitened:
     ) -> None:
         weights = make_weights(rank=8)
         inputs = {key: x[:3] for key, x in inputs_of(weights, 3).items()}
-        ladder = build_ladder(weights, moments=moments_of(weights, inputs))
+        ladder = build_ladder(weights, fitted=moments_of(weights, inputs))
         for module in ladder.modules.values():
             assert (module.singular_values[:3] > 0).all() and not module.singular_values[3:].any()
             rows = module.a[3:].double()
@@ -305,7 +323,7 @@ class TestWhitened:
     def test_a_silent_module_falls_back_to_the_plain_order(self, make_weights: Callable[..., LoraWeights]) -> None:
         weights = make_weights(rank=4)
         second = {key: torch.zeros(4, 4, dtype=torch.float64) for key in weights.modules}
-        ladder = build_ladder(weights, moments=ShrinkMoments(weights.content_hash, Calibration("t", 1), second))
+        ladder = build_ladder(weights, fitted=ShrinkMoments(weights.content_hash, Calibration("t", 1), second))
         plain = build_ladder(weights)
         assert ladder.kept_energy == (1.0,) * len(ladder.rungs)
         for key, module in ladder.modules.items():
@@ -324,18 +342,28 @@ def test_plain_errors_are_those_of_the_weights(make_weights: Callable[..., LoraW
         assert measured == pytest.approx(predicted, rel=1e-5, abs=1e-6)
 
 
-def test_global_is_the_best_of_all_ways_to_spend_the_total() -> None:
+def test_global_is_the_best_of_all_ways_to_spend_its_cost() -> None:
     generator = torch.Generator().manual_seed(3)
     modules = {
         (layer, "q_proj"): LoraPair(
-            torch.randn(3, 5, generator=generator), torch.randn(6, 3, generator=generator), 3, 2.0**layer
+            torch.randn(3, 5 + 4 * layer, generator=generator),
+            torch.randn(6, 3, generator=generator),
+            3,
+            2.0**layer,
         )
         for layer in range(3)
     }
     ladder = build_ladder(LoraWeights("a", "hash", modules), allocation="global")
     squares = [module.singular_values.double() ** 2 for module in ladder.modules.values()]
-    for i, rung in enumerate(ladder.rungs):
-        ways = (way for way in itertools.product(range(4), repeat=3) if sum(way) == round(3 * rung))
+    costs = [module.cost for module in ladder.modules.values()]
+    assert len(set(costs)) == 3
+    for i in range(len(ladder.rungs)):
+        spent = sum(module.cost * ladder.active_ranks[key][i] for key, module in ladder.modules.items())
+        ways = (
+            way
+            for way in itertools.product(range(4), repeat=3)
+            if sum(cost * k for cost, k in zip(costs, way, strict=True)) <= spent
+        )
         best = min(sum(float(s[k:].sum()) for s, k in zip(squares, way, strict=True)) for way in ways)
         assert ladder.truncation_errors[i] == pytest.approx(best)
 
@@ -358,4 +386,4 @@ class TestMomentsThatDoNotFit:
     def test_are_refused(self, weights: LoraWeights, change: dict[str, Any], message: str) -> None:
         moments = moments_of(weights, inputs_of(weights, 5))
         with pytest.raises(InvalidCalibration, match=message):
-            build_ladder(weights, moments=replace(moments, **change))
+            build_ladder(weights, fitted=replace(moments, **change))

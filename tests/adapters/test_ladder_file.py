@@ -15,6 +15,7 @@ from chunkwise_adapters.errors import BrokenAdapter, BrokenLadder, ForeignLadder
 from chunkwise_adapters.format import LoraWeights, ModuleKey
 from chunkwise_adapters.ladder import Allocation, RankLadder, build_ladder
 from chunkwise_adapters.ladder_file import LADDER_FILE, find_ladder, ladder_digest, load_ladder, save_ladder
+from chunkwise_adapters.sensitivity import Sensitivity
 from chunkwise_adapters.whitening import Calibration, ShrinkMoments
 
 RANKS: dict[ModuleKey, int] = {(0, "q_proj"): 8, (0, "v_proj"): 2, (1, "down_proj"): 8}
@@ -37,6 +38,12 @@ def whitened(weights: LoraWeights, allocation: Allocation = "uniform") -> RankLa
     return build_ladder(weights, (0, 1, 3), allocation, moments)
 
 
+def sensitive(weights: LoraWeights, allocation: Allocation = "global") -> RankLadder:
+    fisher = {key: torch.linspace(3.0, 1.0, rank, dtype=torch.float64) / (1 + key[0]) for key, rank in RANKS.items()}
+    measured = Sensitivity(weights.content_hash, Calibration("text-hash", 50), fisher)
+    return build_ladder(weights, (0, 1, 3), allocation, measured)
+
+
 @pytest.fixture
 def saved(weights: LoraWeights, tmp_path: Path) -> Path:
     path = tmp_path / LADDER_FILE
@@ -55,7 +62,9 @@ def rewrite(path: Path, tensors: dict[str, Tensor | None] | None = None, **field
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global"])
-@pytest.mark.parametrize("make", [whitened, lambda weights, allocation: build_ladder(weights, None, allocation)])
+@pytest.mark.parametrize(
+    "make", [whitened, sensitive, lambda weights, allocation: build_ladder(weights, None, allocation)]
+)
 def test_what_is_loaded_is_what_was_saved(
     weights: LoraWeights, tmp_path: Path, make: Callable[..., RankLadder], allocation: Allocation
 ) -> None:
@@ -69,6 +78,9 @@ def test_what_is_loaded_is_what_was_saved(
         other = loaded.modules[key]
         assert torch.equal(other.a, module.a) and torch.equal(other.b_t, module.b_t)
         assert torch.equal(other.singular_values, module.singular_values)
+        assert (other.sensitivity is None) == (module.sensitivity is None)
+        if module.sensitivity is not None and other.sensitivity is not None:
+            assert torch.equal(other.sensitivity, module.sensitivity)
     assert ladder_digest(loaded) == ladder_digest(ladder)
 
 
@@ -80,10 +92,11 @@ def test_a_file_with_rungs_in_whole_ranks_is_still_read(weights: LoraWeights, sa
 
 def test_digest_tells_ladders_of_one_adapter_apart(weights: LoraWeights) -> None:
     ladders = [build_ladder(weights), build_ladder(weights, (0,)), whitened(weights), whitened(weights, "global")]
+    ladders.append(sensitive(weights))
     module = ladders[0].modules[0, "q_proj"]
     flipped = replace(module, a=-module.a, b_t=-module.b_t)
     ladders.append(replace(ladders[0], modules={**ladders[0].modules, (0, "q_proj"): flipped}))
-    assert len({ladder_digest(ladder) for ladder in ladders}) == 5
+    assert len({ladder_digest(ladder) for ladder in ladders}) == 6
 
 
 def test_loaded_factors_do_not_change_with_the_file(weights: LoraWeights, saved: Path) -> None:
@@ -127,7 +140,7 @@ def test_factors_of_another_adapter_under_the_right_hash_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "format 2; this version reads format 1"),
+        ({"version": 1}, "format 1; this version reads format 2"),
         ({"kind": "bent"}, "kind is 'bent'"),
         ({"allocation": ["uniform"]}, "allocation is"),
         ({"adapter_hash": 3}, "adapter_hash is 3"),
@@ -180,6 +193,18 @@ def test_wrong_tensors_are_refused(
     rewrite(saved, change)
     with pytest.raises(BrokenLadder, match=message):
         load_ladder(saved, weights, "base")
+
+
+@pytest.mark.parametrize("values", [torch.arange(8.0), torch.full((8,), float("nan"))])
+def test_wrong_sensitivities_are_refused(weights: LoraWeights, tmp_path: Path, values: Tensor) -> None:
+    save_ladder(sensitive(weights), tmp_path / "l", "base")
+    rewrite(tmp_path / "l", {"layers.0.q_proj.sensitivity": values})
+    with pytest.raises(BrokenLadder, match=r"the sensitivities of layer 0 q_proj are not finite and descending"):
+        load_ladder(tmp_path / "l", weights, "base")
+    save_ladder(sensitive(weights), tmp_path / "l", "base")
+    rewrite(tmp_path / "l", kind="whitened")
+    with pytest.raises(BrokenLadder, match="3 tensors are missing or of no module"):
+        load_ladder(tmp_path / "l", weights, "base")
 
 
 def test_a_file_larger_than_any_ladder_of_the_adapter_is_not_read(weights: LoraWeights, saved: Path) -> None:

@@ -115,7 +115,7 @@ def test_a_taken_name_is_refused_for_other_content_or_another_ladder(
     second = {key: torch.eye(16, dtype=torch.float64) for key in weights.modules}
     moments = ShrinkMoments(weights.content_hash, Calibration("text", 1), second)
     with pytest.raises(AdapterConflict, match="another ladder"):
-        store.add(build_ladder(weights, moments=moments))
+        store.add(build_ladder(weights, fitted=moments))
     assert store.get("squad") is resident
 
 

@@ -20,8 +20,8 @@ def test_plain_text_is_cut_in_windows_and_hashed_whole(tokenizer: Tokenizer, tmp
     file = tmp_path / "notes.txt"
     file.write_text(TEXT)
     text = read_calibration(file, tokenizer, tokens=1000, window=30)
-    assert [len(window) for window in text.windows] == [30, 30, 30, 10]
-    assert tokenizer.decode([id for window in text.windows for id in window]) == TEXT
+    assert [len(window.ids) for window in text.windows] == [30, 30, 30, 10]
+    assert tokenizer.decode([id for window in text.windows for id in window.ids]) == TEXT
     assert (text.tokens, text.text_hash) == (100, hashlib.sha256(TEXT.encode()).hexdigest())
 
 
@@ -29,7 +29,24 @@ def test_documents_do_not_share_windows(tokenizer: Tokenizer, tmp_path: Path) ->
     file = tmp_path / "notes.jsonl"
     file.write_text("".join(json.dumps({"text": text, "id": 1}) + "\n" for text in ("abc", "", "defghij")))
     text = read_calibration(file, tokenizer, tokens=1000, window=4)
-    assert [tokenizer.decode(window) for window in text.windows] == ["abc", "defg", "hij"]
+    assert [tokenizer.decode(window.ids) for window in text.windows] == ["abc", "defg", "hij"]
+
+
+def test_answers_are_kept_whole_and_long_prompts_lose_their_beginning(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    rows = [{"prompt": "a long question", "completion": " yes"}, {"prompt": "Q", "completion": " no"}, {"text": "rest"}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = read_calibration(file, tokenizer, tokens=1000, window=8)
+    asked = [(tokenizer.decode(ids[:first]), tokenizer.decode(ids[first:])) for ids, first in text.windows]
+    assert asked == [("ion", " yes<eos>"), ("Q", " no<eos>"), ("r", "est")]
+
+
+def test_only_the_part_that_is_asked_for_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    file = tmp_path / "notes.txt"
+    file.write_text(TEXT)
+    whole = read_calibration(file, tokenizer, tokens=1000, window=10)
+    part = read_calibration(file, tokenizer, tokens=1000, window=10, share=(0.2, 0.5))
+    assert part.windows == whole.windows[2:5] and part.text_hash != whole.text_hash
 
 
 @pytest.mark.parametrize(("tokens", "starts"), [(40, "auoi"), (20, "ay"), (25, "aoc"), (7, "a"), (1, "a")])
@@ -38,7 +55,7 @@ def test_what_is_read_is_spread_over_the_file(tokenizer: Tokenizer, tmp_path: Pa
     file.write_text(TEXT)
     text = read_calibration(file, tokenizer, tokens=tokens, window=10)
     assert text.tokens == tokens
-    assert "".join(tokenizer.decode(window)[0] for window in text.windows) == starts
+    assert "".join(tokenizer.decode(window.ids)[0] for window in text.windows) == starts
 
 
 @pytest.mark.parametrize(

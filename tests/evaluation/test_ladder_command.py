@@ -68,7 +68,7 @@ def test_what_the_command_saves_is_what_is_served(
 ) -> None:
     run(tiny, adapter, f"--calibration={text}", "--calibration-tokens=128", "--window=32", "--rungs=0,0.5,3,6")
     summary = result(capsys)
-    assert summary["kind"] == "whitened" and summary["calibration"]["tokens"] == 128
+    assert summary["kind"] == "sensitive" and summary["calibration"]["tokens"] == 128
     model = Llama(tiny.model, SingleProcess(), torch.float32, torch.device("cpu"))
     served = load_adapters([AdapterSource("any", str(adapter))], model, tiny.model).get("any")
     assert served.rungs == (0, 0.5, 3, 6, 16)
@@ -80,7 +80,14 @@ def test_the_same_call_gives_the_same_ladder(
     tiny: TinyWorld, adapter: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("one", "two"):
-        run(tiny, adapter, f"--calibration={text}", f"--out={tmp_path / name}", "--allocation=uniform")
+        run(
+            tiny,
+            adapter,
+            f"--calibration={text}",
+            f"--out={tmp_path / name}",
+            "--kind=whitened",
+            "--allocation=uniform",
+        )
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert not (adapter / "ladder.safetensors").exists()
 
@@ -106,7 +113,10 @@ def test_plot_without_matplotlib_is_refused_before_anything_is_made(
 @pytest.mark.parametrize(
     ("flags", "error", "message"),
     [
-        (["--kind=whitened"], InvalidFlags, "needs --calibration FILE"),
+        (["--kind=whitened"], InvalidFlags, "--kind whitened needs --calibration FILE"),
+        (["--kind=sensitive"], InvalidFlags, "--kind sensitive needs --calibration FILE"),
+        (["--calibration=x", "--allocation=uniform"], InvalidFlags, "drop --allocation uniform"),
+        (["--calibration=x", "--share=0.9:0.1"], InvalidFlags, "--share is"),
         (["--kind=plain", "--calibration=x"], InvalidFlags, "takes no --calibration"),
         (["--rungs=1,two"], InvalidFlags, "--rungs is '1,two'"),
         (["--rungs=1,nan"], InvalidFlags, "--rungs is '1,nan'"),

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from chunkwise.evaluation.calibration_text import CalibrationText
+from chunkwise.evaluation.calibration_text import CalibrationText, Window
 from chunkwise.evaluation.moments import collect_moments
 from chunkwise.model.spec import load_spec
 from chunkwise_adapters.format import LoraWeights, ModuleKey, load_adapter
@@ -20,7 +20,7 @@ from chunkwise_adapters.whitening import Calibration, ShrinkMoments
 from conftest import TinyWorld
 
 WINDOWS = tuple(tuple((7 * n + i * i) % 256 for i in range(length)) for n, length in enumerate((40, 33, 1, 40, 17)))
-TEXT = CalibrationText(WINDOWS, "hash of the text")
+TEXT = CalibrationText(tuple(map(Window, WINDOWS)), "hash of the text")
 
 
 def peft_inputs(model_dir: Path, adapter: Path) -> dict[ModuleKey, Tensor]:
@@ -73,7 +73,7 @@ def test_measured_output_error_is_the_predicted_one(
     weights: LoraWeights, moments: ShrinkMoments, inputs: dict[ModuleKey, Tensor], allocation: Allocation
 ) -> None:
     """The guarantee of the whitened ladder, module by module and rung by rung, on what PEFT's modules were given."""
-    ladder = build_ladder(weights, allocation=allocation, moments=moments)
+    ladder = build_ladder(weights, allocation=allocation, fitted=moments)
     for i in range(len(ladder.rungs)):
         measured = 0.0
         for key, pair in weights.modules.items():

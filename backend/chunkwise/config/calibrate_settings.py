@@ -70,7 +70,7 @@ def calibrate_settings(args: argparse.Namespace) -> CalibrateSettings:
         if value is not None and not 0.0 <= value < math.inf:
             raise InvalidFlags(f"--{name.replace('_', '-')} is {value}; it must be finite and at least 0")
     adapter = _adapter(args.adapter)
-    share = _share(args.share)
+    share = parse_share(args.share)
     return CalibrateSettings(
         engine=EngineChoice(
             model_id=args.model_id,
@@ -99,7 +99,7 @@ def _adapter(text: str) -> AdapterSource:
     return adapters[0]
 
 
-def _share(text: str) -> tuple[float, float]:
+def parse_share(text: str) -> tuple[float, float]:
     try:
         start, end = (float(part) for part in text.split(":"))
     except ValueError:

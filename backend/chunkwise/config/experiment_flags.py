@@ -18,7 +18,7 @@ def add_experiments_parser(commands: argparse._SubParsersAction[argparse.Argumen
         "name",
         choices=EXPERIMENTS,
         help="ablation: signals of the complexity estimator; crossfade: its window; ranks: quality against rank for "
-        "four ladders and the policies; policies: these alone; kv: quality and bytes of KV policies",
+        "all ladders and the policies; policies: these alone; kv: quality and bytes of KV policies",
     )
     add("--model-id", required=True, help="directory of a Hugging Face LLaMA checkpoint, or its id on the Hub")
     add(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from chunkwise.config.eval_flags import EVAL_TARGETS
+
 
 def add_ladder_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the ``ladder`` command to the parser of all commands."""
@@ -21,16 +23,19 @@ def add_ladder_parser(commands: argparse._SubParsersAction[argparse.ArgumentPars
     )
     add(
         "--kind",
-        choices=("plain", "whitened"),
-        help="order ranks by the weights alone, or by their output on the calibration text (default: whitened if there "
-        "is one)",
+        choices=("plain", "whitened", "sensitive"),
+        help="order ranks by the weights alone, by their output on the calibration data, or divide them among modules "
+        "by how sensitive the loss on those data is (default: sensitive if there are data, else plain)",
     )
     add(
         "--calibration",
         type=Path,
         metavar="FILE",
-        help='text like that to be served; a .jsonl file holds a document per line, as {"text": …}',
+        help='data like those to be served: text; a .jsonl file holds a document per line, as {"text": …}, or a prompt '
+        "with its answer (SQuAD rows, src/tgt pairs, or prompt/completion), of which the answer's loss counts",
     )
+    add("--share", default="0:1", metavar="FROM:TO", help="part of the data to use (default: 0:1); report on another")
+    add("--target", choices=EVAL_TARGETS, default="fra", help="language to translate English into (default: fra)")
     add("--calibration-tokens", type=int, default=4096, help="tokens to read, spread over the file (default: 4096)")
     add("--window", type=int, default=512, help="most tokens of a document read as one sequence (default: 512)")
     add(
@@ -42,7 +47,7 @@ def add_ladder_parser(commands: argparse._SubParsersAction[argparse.ArgumentPars
         "--allocation",
         choices=("uniform", "global"),
         default="global",
-        help="the budget for each module, or the same total where singular values are largest (default: global)",
+        help="the budget for each module, or what that costs where it is worth most (default: global)",
     )
     add(
         "--out",

@@ -8,29 +8,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from chunkwise.config.calibrate_settings import parse_share
 from chunkwise.config.flags import InvalidFlags
 from chunkwise.core import rank_budget
+
+LadderKind = Literal["plain", "whitened", "sensitive"]
 
 
 @dataclass(frozen=True, slots=True)
 class CalibrationSettings:
-    """``tokens`` tokens of the text ``file``, in windows of at most ``window``."""
+    """``tokens`` tokens of the part ``share`` of ``file``, in windows of at most ``window``; ``target`` as in
+    `TaskSettings`."""
 
     file: Path
+    share: tuple[float, float]
     tokens: int
     window: int
+    target: str
 
 
 @dataclass(frozen=True, slots=True)
 class LadderSettings:
     """Everything ``chunkwise ladder`` needs.
 
-    ``calibration`` None makes a plain ladder, else a whitened one; ``rungs`` None takes the default ones; ``out`` None
+    ``calibration`` is None for a plain ladder alone; ``rungs`` None takes the default ones; ``out`` None
     saves in the adapter's directory; ``plot`` None draws nothing.
     """
 
     adapter: str
     model_id: str
+    kind: LadderKind
     calibration: CalibrationSettings | None
     rungs: tuple[float, ...] | None
     allocation: Literal["uniform", "global"]
@@ -45,18 +52,24 @@ def ladder_settings(args: argparse.Namespace) -> LadderSettings:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise InvalidFlags(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    if args.kind == "whitened" and args.calibration is None:
-        raise InvalidFlags("--kind whitened needs --calibration FILE, text like that to be served")
-    if args.kind == "plain" and args.calibration is not None:
+    kind: LadderKind = args.kind or ("plain" if args.calibration is None else "sensitive")
+    if kind != "plain" and args.calibration is None:
+        raise InvalidFlags(f"--kind {kind} needs --calibration FILE, text or answers like those to be served")
+    if kind == "plain" and args.calibration is not None:
         raise InvalidFlags("--kind plain takes no --calibration; drop one of them")
+    if kind == "sensitive" and args.allocation == "uniform":
+        raise InvalidFlags("--kind sensitive divides ranks among modules; drop --allocation uniform, or the kind")
     if args.plot is not None and args.plot.suffix != ".png":
         raise InvalidFlags(f"--plot is {args.plot}; give the name of a .png file")
     return LadderSettings(
         adapter=args.adapter,
         model_id=args.model_id,
+        kind=kind,
         calibration=None
         if args.calibration is None
-        else CalibrationSettings(args.calibration, args.calibration_tokens, args.window),
+        else CalibrationSettings(
+            args.calibration, parse_share(args.share), args.calibration_tokens, args.window, args.target
+        ),
         rungs=None if args.rungs is None else parse_rungs(args.rungs),
         allocation=args.allocation,
         out=args.out,

@@ -14,6 +14,7 @@ import torch
 from chunkwise.config.ladder_settings import LadderSettings, ladder_settings
 from chunkwise.core import ChunkwiseError
 from chunkwise.evaluation.calibration_text import read_calibration
+from chunkwise.evaluation.fisher import measure_sensitivity
 from chunkwise.evaluation.ladder_report import summary, tables
 from chunkwise.evaluation.moments import collect_moments
 from chunkwise.hub import locate
@@ -24,6 +25,7 @@ from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.format import LoraWeights, load_adapter
 from chunkwise_adapters.ladder import RankLadder, build_ladder
 from chunkwise_adapters.ladder_file import LADDER_FILE, save_ladder
+from chunkwise_adapters.sensitivity import Sensitivity
 from chunkwise_adapters.whitening import ShrinkMoments
 
 
@@ -42,8 +44,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         name = Path(settings.adapter).expanduser().resolve().name
         weights = load_adapter(adapter_dir, name, load_spec(model_dir).target_shapes())
-        moments = _moments(settings, model_dir, weights)
-        ladder = build_ladder(weights, settings.rungs, settings.allocation, moments)
+        ladder = build_ladder(weights, settings.rungs, settings.allocation, _fitted(settings, model_dir, weights))
     except AdapterError as error:
         raise LadderFailed(str(error)) from error
     base, out = base_hash(model_dir), settings.out or adapter_dir / LADDER_FILE
@@ -69,11 +70,13 @@ def _plotter() -> Callable[[RankLadder, Path], None]:
     return draw
 
 
-def _moments(settings: LadderSettings, model_dir: Path, weights: LoraWeights) -> ShrinkMoments | None:
-    if settings.calibration is None:
-        return None
+def _fitted(settings: LadderSettings, model_dir: Path, weights: LoraWeights) -> ShrinkMoments | Sensitivity | None:
     asked = settings.calibration
-    text = read_calibration(asked.file, Tokenizer(model_dir), asked.tokens, asked.window)
+    if asked is None:
+        return None
+    text = read_calibration(asked.file, Tokenizer(model_dir), asked.tokens, asked.window, asked.share, asked.target)
+    if settings.kind == "sensitive":
+        return measure_sensitivity(model_dir, weights, text)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return collect_moments(model_dir, weights, text, dtype, device)

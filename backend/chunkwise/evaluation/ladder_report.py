@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from chunkwise_adapters.format import TARGETS, ModuleKey
+from chunkwise_adapters.format import TARGETS
 from chunkwise_adapters.ladder import RankLadder
 
 _FP32_BYTES = 4
@@ -56,7 +56,7 @@ def rung_rows(ladder: RankLadder) -> list[RungRow]:
     errors = ladder.truncation_errors
     rows = []
     for i, rung in enumerate(ladder.rungs):
-        count = sum(_parameters_per_rank(ladder, key) * ranks[i] for key, ranks in ladder.active_ranks.items())
+        count = sum(ladder.modules[key].cost * ranks[i] for key, ranks in ladder.active_ranks.items())
         kept, mean = ladder.kept_energy[i], ladder.mean_active_rank[i]
         rows.append(RungRow(rung, mean, kept, errors[i], count, count * _FP32_BYTES))
     return rows
@@ -119,11 +119,6 @@ def _effective_rank(energy: NDArray[np.float64]) -> float:
 
 def _ranks_that_hold(energy: NDArray[np.float64], share: float) -> int:
     return int((np.cumsum(energy) < share * energy.sum()).sum()) + 1 if energy.any() else 0
-
-
-def _parameters_per_rank(ladder: RankLadder, key: ModuleKey) -> int:
-    module = ladder.modules[key]
-    return module.a.shape[1] + module.b_t.shape[1]
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:

@@ -65,10 +65,10 @@ def collect_moments(
     model = Llama(model_dir, SingleProcess(), dtype, device, lora=recorder)
     store = AdapterStore(target_slices(model.spec, model.plan), dtype, device)
     store.add(build_ladder(weights))
-    batch_tokens = _STEP_TOKENS + 2 * max(map(len, text.windows))
+    batch_tokens = _STEP_TOKENS + 2 * max(len(window.ids) for window in text.windows)
     engine, decisions = make_engine(model_dir, model, store, batch_tokens)
     evaluator = Evaluator(engine, decisions, Tokenizer(model_dir), batch_tokens, _STEP_TOKENS)
-    jobs = [Job(f"window {i}", window) for i, window in enumerate(text.windows)]
+    jobs = [Job(f"window {i}", window.ids) for i, window in enumerate(text.windows)]
     evaluator.run(jobs, SteeringMode("full", weights.name))
     second = {key: (total / text.tokens).cpu() for key, total in recorder.sums.items()}
     return ShrinkMoments(weights.content_hash, Calibration(text.text_hash, text.tokens), second)

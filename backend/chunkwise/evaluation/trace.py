@@ -119,15 +119,10 @@ def active_ranks(adapter: ResidentAdapter) -> tuple[float, ...]:
     compute; on a uniform ladder it is the rung itself.
     """
     sizes = [module.a.shape[1] + module.b_t.shape[1] for module in adapter.modules.values()]
-    return weighted_ranks(sizes, [module.active_ranks for module in adapter.modules.values()])
-
-
-def weighted_ranks(sizes: SequenceOf[int], active_ranks: SequenceOf[SequenceOf[int]]) -> tuple[float, ...]:
-    """Per rung, the mean of the modules' active ranks, weighted by their sizes."""
-    total = sum(sizes)
+    active = [module.active_ranks for module in adapter.modules.values()]
     return tuple(
-        sum(size * rank for size, rank in zip(sizes, ranks, strict=True)) / total
-        for ranks in zip(*active_ranks, strict=True)
+        sum(size * rank for size, rank in zip(sizes, ranks, strict=True)) / sum(sizes)
+        for ranks in zip(*active, strict=True)
     )
 
 

@@ -277,7 +277,7 @@ class AdapterInfo(google.protobuf.message.Message):
 
     @property
     def mean_active_rank(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:
-        """mean_active_rank is, per rung, the rank averaged over the adapter's modules."""
+        """mean_active_rank is, per rung, the rank averaged over the adapter's modules, each weighted by its size (in + out)."""
 
     @property
     def rungs(self) -> google.protobuf.internal.containers.RepeatedScalarFieldContainer[builtins.float]:

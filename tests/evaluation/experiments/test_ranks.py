@@ -53,7 +53,7 @@ def test_uniform_rungs_execute_themselves_and_all_ladders_share_their_ends(out: 
             assert float(row["mean rank"]) == float(row["rung"])
     for rung in ("0", "16"):
         ends = rows(out / "ranks.csv", adapter="mine", task="answers", rung=rung)
-        assert len(ends) == 4 and len({row["value"] for row in ends}) == 1
+        assert len(ends) == 5 and len({row["value"] for row in ends}) == 1
 
 
 def test_a_rung_has_the_value_that_eval_gives_it(
@@ -101,8 +101,8 @@ def test_people_see_one_table_of_rungs_per_number(out: Path) -> None:
 
 
 def test_the_fitted_ladder_is_kept(out: Path) -> None:
-    names = sorted(path.name.split("-")[0] for path in (out / "ladders").iterdir())
-    assert names == ["mine", "other"]
+    names = sorted(path.name.split("-")[:2] for path in (out / "ladders").iterdir())
+    assert names == [[name, kind] for name in ("mine", "other") for kind in ("sensitive", "whitened")]
 
 
 def test_policies_alone_are_those_of_the_whole_experiment(tiny: TinyWorld, out: Path) -> None:
@@ -121,7 +121,7 @@ def test_ladders_are_compared_from_the_first_rung_that_both_have(out: Path) -> N
     for ladder in ("plain", "plain+global"):
         found = rows(out / "ranks.csv", adapter="mine", task="answers", ladder=ladder)
         curves[ladder] = [float(one["mean rank"]) for one in found], [float(one["value"]) for one in found]
-    (start,) = [rank for rank in curves["plain+global"][0] if 1 < rank < 2]
+    start = max(1.0, *(rank for rank in curves["plain+global"][0] if rank < 1.5))
     plain, spread = (aurac(*curve, start) for curve in curves.values())
     assert float(row["more"]) == pytest.approx(spread - plain, abs=1e-3)
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoice
 from chunkwise.config.policy import EstimatorPolicy, SteeringPolicy
 from chunkwise.evaluation.experiments import figures
-from chunkwise.evaluation.experiments.arms import executed_ranks, matched_ladder, read_policies, varied_policy
+from chunkwise.evaluation.experiments.arms import matched_ladder, read_policies, varied_policy
 from chunkwise.evaluation.experiments.lab import Lab
 from chunkwise.evaluation.experiments.measures import Sizes, likelihood
 from chunkwise.evaluation.experiments.report import Panel, Report, Series
@@ -98,7 +98,7 @@ def _subject(
             reference = lab.run(at_once, fixed_rung(fixed.rungs[0], adapters[fixed.name]), fixed.name)
         difference = figures.difference(measure, records, reference, _METRIC)
         steered = (ranks.all, ranks.prompt, ranks.answer, figures.value(measure, records, _METRIC))
-        constant = (executed_ranks(fixed)[0], figures.value(measure, reference, _METRIC))
+        constant = (fixed.mean_active_rank[0], figures.value(measure, reference, _METRIC))
         rows.append((weights.name, measure.name, arm, *steered, *constant, difference))
         series.append(Series(arm, (), (difference,)))
     title, xlabel = f"{weights.name}, {measure.name}", "NLL per token less that of the fixed rung"

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from chunkwise.evaluation.calibration_text import CalibrationText
 from chunkwise.evaluation.command import run_task
 from chunkwise.evaluation.driver import Evaluator, make_engine
 from chunkwise.evaluation.experiments.measures import Measure
+from chunkwise.evaluation.fisher import measure_sensitivity
 from chunkwise.evaluation.identity import model_hash, run_header
 from chunkwise.evaluation.modes import SteeringMode
 from chunkwise.evaluation.moments import collect_moments
@@ -32,9 +33,11 @@ from chunkwise.shard.process import load_model
 from chunkwise.tokenizer import Tokenizer
 from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.format import LoraWeights, load_adapter
-from chunkwise_adapters.ladder import RankLadder, build_ladder
+from chunkwise_adapters.ladder import LadderKind, RankLadder, build_ladder
 from chunkwise_adapters.ladder_file import find_ladder, load_ladder, save_ladder
+from chunkwise_adapters.sensitivity import Sensitivity
 from chunkwise_adapters.store import AdapterStore
+from chunkwise_adapters.whitening import ShrinkMoments
 
 _DIGITS = 12
 
@@ -81,15 +84,30 @@ class Lab:
 
     def whitened(self, weights: LoraWeights, text: CalibrationText) -> RankLadder:
         """The whitened ladder of an adapter fitted to ``text``, kept in a file."""
+        return self._kept("whitened", weights, text, lambda: self._moments(weights, text))
+
+    def sensitive(self, weights: LoraWeights, text: CalibrationText) -> RankLadder:
+        """The sensitive ladder of an adapter, measured on ``text`` and kept in a file. Raises MissingTransformers."""
+        return self._kept("sensitive", weights, text, lambda: measure_sensitivity(self._model_dir, weights, text))
+
+    def _moments(self, weights: LoraWeights, text: CalibrationText) -> ShrinkMoments:
+        return collect_moments(self._model_dir, weights, text, self._model.dtype, self._model.device)
+
+    def _kept(
+        self,
+        kind: LadderKind,
+        weights: LoraWeights,
+        text: CalibrationText,
+        fit: Callable[[], ShrinkMoments | Sensitivity],
+    ) -> RankLadder:
         base, folder = base_hash(self._model_dir), self._out / "ladders"
-        file = folder / f"{weights.name}-{weights.content_hash[:_DIGITS]}-{text.text_hash[:_DIGITS]}.safetensors"
-        if file.exists():
-            return load_ladder(file, weights, base)
-        print(f"fitting the whitened ladder of {weights.name} to {text.tokens} tokens", file=sys.stderr)
-        moments = collect_moments(self._model_dir, weights, text, self._model.dtype, self._model.device)
-        ladder = build_ladder(weights, moments=moments)
+        name = f"{weights.name}-{kind}-{weights.content_hash[:_DIGITS]}-{text.text_hash[:_DIGITS]}.safetensors"
+        if (folder / name).exists():
+            return load_ladder(folder / name, weights, base)
+        print(f"fitting the {kind} ladder of {weights.name} to {text.tokens} tokens", file=sys.stderr)
+        ladder = build_ladder(weights, allocation="global", fitted=fit())
         folder.mkdir(parents=True, exist_ok=True)
-        save_ladder(ladder, file, base)
+        save_ladder(ladder, folder / name, base)
         return ladder
 
     @contextmanager

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from chunkwise.config.eval_settings import EvalSettings, Scoring, Selection, TaskName, TaskSettings
 from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoice, SubjectTask
 from chunkwise.evaluation.bleu import BleuTask
-from chunkwise.evaluation.calibration_text import CalibrationText
+from chunkwise.evaluation.calibration_text import CalibrationText, Window, up_to
 from chunkwise.evaluation.nll import Passage, passage_job
 from chunkwise.evaluation.perplexity import AnswerTask, TextTask, answer_passage
 from chunkwise.evaluation.rows import completion, draw, read_rows, read_text, skip_share
@@ -126,26 +126,22 @@ def calibration_text(subject: SubjectChoice, tokens: int, seed: int, tokenizer: 
     Raises:
         InvalidData: the data cannot be read.
     """
-    sequences = _fitting_sequences(subject, tokenizer)
-    random.Random(seed).shuffle(sequences)
-    chosen: list[tuple[int, ...]] = []
-    room = tokens
-    for ids in sequences:
-        if room > 0:
-            chosen.append(ids[:room])
-            room -= len(ids)
-    return CalibrationText(tuple(chosen), hashlib.sha256(json.dumps(chosen).encode()).hexdigest())
+    windows = _fitting_windows(subject, tokenizer)
+    random.Random(seed).shuffle(windows)
+    chosen = up_to(tokens, windows)
+    return CalibrationText(chosen, hashlib.sha256(json.dumps(chosen).encode()).hexdigest())
 
 
-def _fitting_sequences(subject: SubjectChoice, tokenizer: Tokenizer) -> list[tuple[int, ...]]:
+def _fitting_windows(subject: SubjectChoice, tokenizer: Tokenizer) -> list[Window]:
     share = _FITTING_SHARE[subject.task]
     if subject.task == "wikitext":
         ids = tokenizer.encode(read_text(subject.data), add_special_tokens=False)
         ids = ids[: int(len(ids) * share)]
-        return [tuple(ids[at : at + _CALIBRATION_WINDOW]) for at in range(0, len(ids), _CALIBRATION_WINDOW)]
+        return [Window(tuple(ids[at : at + _CALIBRATION_WINDOW])) for at in range(0, len(ids), _CALIBRATION_WINDOW)]
     rows = read_rows(subject.data)
     pairs = [completion(row, _TARGET) for row in rows[: int(len(rows) * share)]]
-    return [answer_passage("calibration", prompt, answer, tokenizer).ids for prompt, answer in pairs]
+    passages = [answer_passage("calibration", prompt, answer, tokenizer) for prompt, answer in pairs]
+    return [Window(passage.ids, passage.first) for passage in passages]
 
 
 def _eval_settings(

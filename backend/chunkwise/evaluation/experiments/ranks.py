@@ -1,4 +1,4 @@
-"""Quality against rank: four ladders at fixed rungs, and policies at the mean rank that they execute; or the policies
+"""Quality against rank: all ladders at fixed rungs, and policies at the mean rank that they execute; or the policies
 alone."""
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from dataclasses import replace
 from chunkwise.config.experiment_settings import ExperimentSettings, SubjectChoice
 from chunkwise.config.policy import SteeringPolicy
 from chunkwise.evaluation.experiments import figures
-from chunkwise.evaluation.experiments.arms import DEFAULT, four_ladders, matched_ladder, read_policies, steers
+from chunkwise.evaluation.experiments.arms import DEFAULT, all_ladders, matched_ladder, read_policies, steers
 from chunkwise.evaluation.experiments.figures import Point
 from chunkwise.evaluation.experiments.lab import Lab
 from chunkwise.evaluation.experiments.measures import Measure, Sizes, calibration_text, generation, likelihood
@@ -38,7 +38,7 @@ def run(lab: Lab, settings: ExperimentSettings) -> Report:
     measured = [one for subject in settings.subjects for one in _subject(lab, settings, subject, policies)]
     sizes = _sizes(settings)
     notes = [
-        f"{sizes.told(settings.items)}, drawn with seed {settings.seed}; whitened ladders fitted to "
+        f"{sizes.told(settings.items)}, drawn with seed {settings.seed}; whitened and sensitive ladders fitted to "
         f"{settings.calibration_tokens} tokens of data that is not measured. Brackets: 95 %, bootstrap over items; "
         "differences and losses are paired.",
         _POLICY_NOTE,
@@ -82,7 +82,7 @@ def _subject(
 ) -> Iterator[Measured]:
     weights = lab.weights(subject.adapter)
     text = calibration_text(subject, settings.calibration_tokens, settings.seed, lab.tokenizer)
-    ladders = four_ladders(weights, lab.whitened(weights, text))
+    ladders = all_ladders(weights, lab.whitened(weights, text), lab.sensitive(weights, text))
     served = lab.served(subject.adapter, weights)
     own = {name: policy for name, policy in policies.items() if steers(policy, weights.name)}
     sizes = _sizes(settings)
