@@ -67,6 +67,24 @@ def read_tensors(root: Path, name: str) -> dict[str, Tensor]:
         raise BrokenAdapter(f"adapter {name!r}: {file} is not a readable safetensors file: {error}") from error
 
 
+FileStamp = tuple[int, int, int, int, int] | None
+
+
+def file_stamp(root: Path, filename: str, name: str) -> FileStamp:
+    """What changes when the file ``filename`` of the adapter's directory ``root`` is written, replaced or linked
+    elsewhere: device, inode, size, times of the last write and the last change. None when there is no such file.
+
+    Raises:
+        BrokenAdapter: it is no regular file or lies outside the directory.
+        OSError: it cannot be looked at.
+    """
+    file = contained_file(root.resolve(), filename, name)
+    if file is None:
+        return None
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def contained_file(root: Path, filename: str, name: str) -> Path | None:
     """The resolved regular file ``filename`` of the resolved directory ``root``; None when there is none.
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from chunkwise_adapters.directory import open_directory, read_config, read_tensors
+from chunkwise_adapters.directory import file_stamp, open_directory, read_config, read_tensors
 from chunkwise_adapters.format import AdapterNotFound, BrokenAdapter, UnsupportedAdapter
 
 FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -141,3 +141,29 @@ def test_blobs_of_another_repository_are_refused(adapter: Path, tmp_path: Path) 
 def test_blobs_beside_a_folder_that_is_no_cache_are_refused(adapter: Path, tmp_path: Path) -> None:
     with pytest.raises(BrokenAdapter, match="outside"):
         read(hub_cache(adapter, tmp_path / "not-a-cache"))
+
+
+def test_a_stamp_tells_every_way_a_file_can_change(adapter: Path, tmp_path: Path) -> None:
+    """Also a copy of the same size that pretends to be as old."""
+    config = adapter / FILES[0]
+    (adapter / "copy").write_bytes(config.read_bytes())
+    os.utime(adapter / "copy", ns=(config.stat().st_atime_ns, config.stat().st_mtime_ns))
+    seen = [file_stamp(adapter, FILES[0], "a")]
+    assert file_stamp(adapter, FILES[0], "a") == seen[0] is not None
+
+    def changed() -> bool:
+        seen.append(file_stamp(adapter, FILES[0], "a"))
+        return len(set(seen)) == len(seen)
+
+    (adapter / "copy").rename(config)
+    assert changed()
+    os.utime(config, ns=(0, 0))
+    assert changed()
+    config.write_text("{}")
+    assert changed()
+    config.unlink()
+    assert changed() and seen[-1] is None
+    (tmp_path / "outside").write_text("{}")
+    config.symlink_to(tmp_path / "outside")
+    with pytest.raises(BrokenAdapter, match="outside"):
+        file_stamp(adapter, FILES[0], "a")

@@ -1,4 +1,6 @@
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,26 +133,43 @@ def test_unknown_names_are_not_found_and_the_known_ones_listed(make_weights: Cal
             call("wiki")
 
 
+@dataclass
 class Shelf:
-    """Ladders by name, counting how often each was read."""
+    """Ladders by name, the names of those that were read, in order, and of those whose files have changed."""
 
-    def __init__(self, make_weights: Callable[..., LoraWeights], *names: str) -> None:
-        self.ladders = {name: build_ladder(make_weights(name, rank=4, seed=len(name))) for name in names}
-        self.reads: list[str] = []
+    ladders: dict[str, RankLadder]
+    reads: list[str]
+    changed: set[str]
 
-    def stored(self, slots: int | None) -> AdapterStore:
-        store = AdapterStore(None, torch.float32, CPU, slots)
+    def stored(self, slots: int | None, spill: Path | None = None) -> AdapterStore:
+        store = AdapterStore(None, torch.float32, CPU, slots, spill)
         for name, ladder in self.ladders.items():
-            store.add(ladder, lambda name=name: self.read(name))  # type: ignore[misc]
+            store.add(ladder, Book(self, name))
         return store
 
-    def read(self, name: str) -> RankLadder:
-        self.reads.append(name)
-        return self.ladders[name]
+
+@dataclass
+class Book:
+    """One ladder's source on a shelf."""
+
+    shelf: Shelf
+    name: str
+
+    def read(self) -> RankLadder:
+        self.shelf.reads.append(self.name)
+        self.shelf.changed.discard(self.name)
+        return self.shelf.ladders[self.name]
+
+    def unchanged(self) -> bool:
+        return self.name not in self.shelf.changed
+
+
+def fill_shelf(make_weights: Callable[..., LoraWeights], *names: str) -> Shelf:
+    return Shelf({name: build_ladder(make_weights(name, rank=4, seed=len(name))) for name in names}, [], set())
 
 
 def test_the_least_recently_asked_for_makes_room(make_weights: Callable[..., LoraWeights]) -> None:
-    shelf = Shelf(make_weights, "a", "bb", "ccc")
+    shelf = fill_shelf(make_weights, "a", "bb", "ccc")
     store = shelf.stored(2)
     assert store.resident() == ("bb", "ccc") and store.names() == ("a", "bb", "ccc") and shelf.reads == []
     assert len(store.infos()) == 3
@@ -162,7 +181,7 @@ def test_the_least_recently_asked_for_makes_room(make_weights: Callable[..., Lor
 
 
 def test_an_evicted_adapter_that_is_still_held_is_not_read_again(make_weights: Callable[..., LoraWeights]) -> None:
-    shelf = Shelf(make_weights, "a", "bb")
+    shelf = fill_shelf(make_weights, "a", "bb")
     store = shelf.stored(1)
     held = store.get("a")
     assert store.get("bb").name == "bb" and store.resident() == ("bb",)
@@ -174,17 +193,84 @@ def test_an_evicted_adapter_that_is_still_held_is_not_read_again(make_weights: C
 
 
 def test_without_a_limit_or_a_way_back_nothing_is_evicted(make_weights: Callable[..., LoraWeights]) -> None:
-    assert Shelf(make_weights, "a", "bb", "ccc").stored(None).resident() == ("a", "bb", "ccc")
+    assert fill_shelf(make_weights, "a", "bb", "ccc").stored(None).resident() == ("a", "bb", "ccc")
     store = AdapterStore(None, torch.float32, CPU, slots=1)
-    for ladder in Shelf(make_weights, "a", "bb").ladders.values():
+    for ladder in fill_shelf(make_weights, "a", "bb").ladders.values():
         store.add(ladder)
     assert store.resident() == ("a", "bb")
 
 
 def test_an_adapter_that_changed_since_it_was_added_is_refused(make_weights: Callable[..., LoraWeights]) -> None:
-    shelf = Shelf(make_weights, "a", "bb")
+    shelf = fill_shelf(make_weights, "a", "bb")
     store = shelf.stored(1)
     shelf.ladders["a"] = build_ladder(make_weights("a", rank=4, seed=99))
     with pytest.raises(AdapterConflict, match="'a' is known with content"):
         store.get("a")
     assert store.resident() == ("bb",)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_spilled_adapter_comes_back_as_it_was_and_unread(
+    make_weights: Callable[..., LoraWeights], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """Also with slices, of which no two modules need have one shape."""
+    names = ("a", "bb", "ccc")
+    shelf = fill_shelf(make_weights, *names)
+    few, many = (AdapterStore(shard_slices(1, 2), dtype, CPU, slots, tmp_path) for slots in (1, None))
+    for name, ladder in shelf.ladders.items():
+        few.add(ladder, Book(shelf, name))
+        many.add(ladder, Book(shelf, name))
+    for name in (*names, *reversed(names)):
+        back, kept = few.get(name), many.get(name)
+        assert (few.resident(), back.rungs, back.kept_energy) == ((name,), kept.rungs, kept.kept_energy)
+        assert back.modules.keys() == kept.modules.keys()
+        for key, module in back.modules.items():
+            assert module.active_ranks == kept.modules[key].active_ranks
+            assert torch.equal(module.a, kept.modules[key].a) and torch.equal(module.b_t, kept.modules[key].b_t)
+    assert shelf.reads == [] and list(tmp_path.iterdir()) == []
+
+
+def test_a_spilled_adapter_is_read_again_once_its_files_have_changed(
+    make_weights: Callable[..., LoraWeights], tmp_path: Path
+) -> None:
+    shelf = fill_shelf(make_weights, "a", "bb")
+    store = shelf.stored(1, tmp_path)
+    shelf.changed.add("a")
+    for name in ("a", "bb", "a"):
+        assert store.get(name).name == name
+    assert shelf.reads == ["a"]
+
+
+def test_a_spilled_adapter_is_refused_each_time_when_its_files_hold_another(
+    make_weights: Callable[..., LoraWeights], tmp_path: Path
+) -> None:
+    shelf = fill_shelf(make_weights, "a", "bb")
+    store = shelf.stored(1, tmp_path)
+    shelf.ladders["a"] = build_ladder(make_weights("a", rank=4, seed=99))
+    shelf.changed.add("a")
+    for _ in range(2):
+        with pytest.raises(AdapterConflict, match="'a' is known with content"):
+            store.get("a")
+    assert store.resident() == ("bb",)
+
+
+def test_a_removed_adapter_is_not_found_in_the_spill_file_under_its_old_name(
+    make_weights: Callable[..., LoraWeights], tmp_path: Path
+) -> None:
+    shelf = fill_shelf(make_weights, "a", "bb")
+    store = shelf.stored(1, tmp_path)
+    store.remove("a")
+    shelf.ladders["a"] = build_ladder(make_weights("a", rank=4, seed=99))
+    store.add(shelf.ladders["a"], Book(shelf, "a"))
+    store.get("bb")
+    assert torch.equal(store.get("a").modules[0, "q_proj"].a, shelf.ladders["a"].modules[0, "q_proj"].a)
+
+
+def test_without_a_place_to_spill_adapters_are_read_again(
+    make_weights: Callable[..., LoraWeights], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    shelf = fill_shelf(make_weights, "a", "bb")
+    store = shelf.stored(1, tmp_path / "file" / "spill")
+    assert store.get("a").name == "a" and shelf.reads == ["a"]
+    assert "no file for evicted adapters" in caplog.text

@@ -82,12 +82,23 @@ def test_scenarios_are_what_they_are_called(tmp_path: Path, trace: Path) -> None
     assert {s.adapter for s in base.streams} == {None}
     assert {s.adapter for s in one.streams} == {0}
     assert made["rank8"].engines == (OURS, STEERED)
-    _, first, again = made["cold"].cases
-    assert first.streams == again.streams
     assert made["cold"].streams == 1
     for scenario in made.values():
         adapters = {s.adapter for case in scenario.cases for s in case.streams} - {None}
         assert not adapters or max(a for a in adapters if a is not None) < scenario.adapters
+
+
+def test_the_first_use_of_a_cold_adapter_always_finds_it_evicted_and_the_second_never(tmp_path: Path) -> None:
+    scenario = SCENARIO_OF["cold"](settings(tmp_path))
+    (flag,) = scenario.flags
+    slots = int(flag.removeprefix("--max-active-adapters="))
+    _, *uses = scenario.cases
+    resident = list(range(slots))
+    for case in uses:
+        (stream,) = case.streams
+        assert (stream.adapter in resident) == (case.setting == "again")
+        resident = [*(each for each in resident if each != stream.adapter), stream.adapter][-slots:]
+    assert [case.setting for case in uses] == ["first use", "again"] * scenario.adapters
 
 
 def test_all_scenarios_are_the_default_less_the_trace_without_a_file(tmp_path: Path) -> None:

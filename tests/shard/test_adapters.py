@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from chunkwise.config.settings import AdapterSource
 from chunkwise.core import UnsupportedModel
@@ -19,6 +20,7 @@ from chunkwise.model.llama import Llama
 from chunkwise.model.parallel import DistributedGroup, Group, SingleProcess
 from chunkwise.model.spec import load_spec
 from chunkwise.shard.adapters import load_adapters
+from chunkwise_adapters.directory import CONFIG_FILE, WEIGHTS_FILE
 from chunkwise_adapters.format import load_adapter
 from chunkwise_adapters.ladder import build_ladder
 from chunkwise_adapters.ladder_file import LADDER_FILE, save_ladder
@@ -155,3 +157,28 @@ def test_an_evicted_adapter_that_is_gone_ends_its_requests_alone(tiny: TinyWorld
     )
     assert result.batch is not None and result.batch.request_ids == (1, 3)
     assert list(driver.errors) == [2] and last in driver.errors[2]
+
+
+def _double_the_weights(directory: Path) -> None:
+    file = directory / WEIGHTS_FILE
+    save_file({name: 2 * tensor for name, tensor in load_file(file).items()}, file)
+
+
+def _raise_the_scale(directory: Path) -> None:
+    config = directory / CONFIG_FILE
+    config.write_text(config.read_text().replace('"lora_alpha": 32', '"lora_alpha": 33'))
+
+
+@pytest.mark.parametrize("swap", [_double_the_weights, _raise_the_scale])
+def test_an_evicted_adapter_whose_files_were_swapped_is_refused(
+    tiny: TinyWorld, copies: dict[str, Path], swap: Callable[[Path], None]
+) -> None:
+    """Its name stands for what was checked at start. A touched file is read again, and holds the same."""
+    driver = Driver(tiny.model, copies, adapter_slots=1)
+    (copies["a16"] / WEIGHTS_FILE).touch()
+    assert driver.run(request(1, new=3, adapter_id="a16"))[1]
+    driver.run(request(2, new=3, adapter_id="a4"))
+    swap(copies["a16"])
+    for id in (3, 4):
+        driver.prefill([request(id, new=3, adapter_id="a16")])
+        assert "'a16' is known with content" in driver.errors[id]

@@ -85,14 +85,14 @@ class Garage:
             dtype=self._settings.dtype,
             streams=scenario.streams,
             tokens=scenario.tokens,
-            options=self._options(engine),
+            options=self._options(engine, scenario),
         )
 
-    def _options(self, engine: str) -> list[str]:
+    def _options(self, engine: str, scenario: Scenario) -> list[str]:
         if engine not in (OURS, STEERED):
             return []
         server = self._settings.server
-        options = [*server.flags, *([f"--quantize={server.quantize}"] if server.quantize else [])]
+        options = [*scenario.flags, *server.flags, *([f"--quantize={server.quantize}"] if server.quantize else [])]
         if engine == OURS:
             return [*options, "--no-steering"]
         policy = server.policy

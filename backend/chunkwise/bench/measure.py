@@ -53,7 +53,7 @@ def measure(
     """All engines of the scenario that can run, by name. One that fails is reported with its failure and the others go
     on. ``before_round`` is called while all are frozen."""
     measured: dict[str, Measured] = {}
-    orders = {case.setting: [prompts.order(stream) for stream in case.streams] for case in scenario.cases}
+    orders = {case: [prompts.order(stream) for stream in case.streams] for case in scenario.cases}
     with ExitStack() as stack:
         running: dict[str, EngineProcess] = {}
         for name in scenario.engines:
@@ -73,7 +73,7 @@ def measure(
                     keep = round >= scenario.discarded and case.counts
                     before = running[name].load()
                     try:
-                        result = _run(running[name], case, orders[case.setting])
+                        result = _run(running[name], case, orders[case])
                     except EngineFailed as error:
                         measured[name].failure = str(error)
                         del running[name]

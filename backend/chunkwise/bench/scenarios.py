@@ -15,7 +15,7 @@ PROMPT_TOKENS = 128
 LONG_PROMPT_TOKENS = 1024
 LONG_PROMPT_ANSWER = 8
 ZIPF_ADAPTERS = 16
-COLD_ADAPTERS = 16
+COLD_ADAPTERS, COLD_SLOTS = 16, 8
 TRACE_ADAPTERS = 8
 
 OURS = "chunkwise"
@@ -49,13 +49,15 @@ class Case:
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """Cases that fresh engines with ``adapters`` adapters run in order, ``rounds`` times after ``discarded`` rounds."""
+    """Cases that fresh engines with ``adapters`` adapters run in order, ``rounds`` times after ``discarded`` rounds.
+    ``flags`` go to our server, which takes those of the user over them."""
 
     name: str
     adapters: int
     cases: tuple[Case, ...]
     rounds: int
     discarded: int = 1
+    flags: tuple[str, ...] = ()
 
     @property
     def engines(self) -> tuple[str, ...]:
@@ -159,14 +161,12 @@ def _trace(s: BenchSettings) -> Scenario:
 
 
 def _cold(s: BenchSettings) -> Scenario:
-    """Every adapter once, then again. The server is warm, and only the adapters are not."""
-    streams = _batch(range(COLD_ADAPTERS), 2)
-    cases = (
-        Case("warm-up", _batch([None] * 3, 8), (OURS,), one_by_one=True, counts=False),
-        Case("first use", streams, (OURS,), one_by_one=True),
-        Case("again", streams, (OURS,), one_by_one=True),
-    )
-    return Scenario("cold", COLD_ADAPTERS, cases, 1, discarded=0)
+    """Every adapter twice in a row, those last that are in memory at start: the first use always finds it evicted, the
+    second in memory. Everything else is warm."""
+    warm = Case("warm-up", _batch([None] * 3, 8), (OURS,), one_by_one=True, counts=False)
+    order = (*range(COLD_SLOTS, COLD_ADAPTERS), *range(COLD_SLOTS))
+    uses = tuple(Case(use, (stream,), (OURS,)) for stream in _batch(order, 2) for use in ("first use", "again"))
+    return Scenario("cold", COLD_ADAPTERS, (warm, *uses), 1, 0, (f"--max-active-adapters={COLD_SLOTS}",))
 
 
 SCENARIO_OF: dict[str, Callable[[BenchSettings], Scenario]] = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from chunkwise.config.settings import AdapterSource
@@ -14,13 +13,17 @@ from chunkwise.hub import locate
 from chunkwise.model.identity import base_hash
 from chunkwise.model.llama import Llama, target_slices
 from chunkwise.model.parallel import Group
+from chunkwise_adapters.directory import CONFIG_FILE, WEIGHTS_FILE, FileStamp, file_stamp
 from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.format import load_adapter
 from chunkwise_adapters.ladder import RankLadder, build_ladder
-from chunkwise_adapters.ladder_file import find_ladder, ladder_digest, load_ladder, ranks_digest
+from chunkwise_adapters.ladder_file import LADDER_FILE, find_ladder, ladder_digest, load_ladder, ranks_digest
 from chunkwise_adapters.store import AdapterStore
 
 logger = logging.getLogger(__name__)
+
+# On a disk, unlike /tmp on many systems.
+_SPILL_DIRECTORY = Path.home() / ".cache" / "chunkwise"
 
 
 def load_adapters(
@@ -28,25 +31,25 @@ def load_adapters(
 ) -> AdapterStore:
     """The adapters of a model read from ``model_dir``, each with the ladder saved in its directory; where there is
     none, with the plain one and global allocation, which no other ladder beat at any rank on real adapters. With
-    ``slots`` all are checked, and the first so many kept in memory; the others are read again when a request asks for
-    them.
+    ``slots`` all are checked, and the first so many kept in memory; the others lie in a file of this process, and are
+    read from their directories again only when something there has changed since.
 
     Raises:
         UnsupportedModel: an adapter or its ladder cannot be served, or the ranks found different ladders.
     """
-    store = AdapterStore(target_slices(model.spec, model.plan), model.dtype, model.device, slots)
+    store = AdapterStore(target_slices(model.spec, model.plan), model.dtype, model.device, slots, _SPILL_DIRECTORY)
     # The last that is asked for stays, so that the first sources are those that are in memory at start.
     for source in reversed(sources):
         start = time.perf_counter()
         directory = locate(source.source, source.revision)
-        read = partial(_read, directory, source.name, model, model_dir)
+        files = _AdapterFiles(directory, source.name, model, model_dir)
         try:
-            ladder = read()
+            ladder = files.read()
         except AdapterError as error:
             raise UnsupportedModel(f"adapter {source.name!r} cannot be served: {error}") from error
         file = find_ladder(directory, source.name)
         _check_same(ladder, file, model.group)
-        adapter = store.add(ladder, read)
+        adapter = store.add(ladder, files)
         logger.info(
             "adapter %s: %s ladder%s, %s ranks, rungs %s, %d bytes, %.1f s",
             source.name,
@@ -60,12 +63,36 @@ def load_adapters(
     return store
 
 
-def _read(directory: Path, name: str, model: Llama, model_dir: Path) -> RankLadder:
-    weights = load_adapter(directory, name, model.spec.target_shapes())
-    file = find_ladder(directory, name)
-    if file is None:
-        return build_ladder(weights, allocation="global")
-    return load_ladder(file, weights, base_hash(model_dir))
+class _AdapterFiles:
+    """The directory of one adapter, and how its files looked when they were read."""
+
+    def __init__(self, directory: Path, name: str, model: Llama, model_dir: Path) -> None:
+        self._directory = directory
+        self._name = name
+        self._model = model
+        self._model_dir = model_dir
+        self._read_at: tuple[FileStamp, ...] | None = None
+
+    def read(self) -> RankLadder:
+        """The ladder in the directory, or the plain one. Raises AdapterError or OSError."""
+        # Taken first: what is written while the files are read counts as a change.
+        stamps = self._stamps()
+        weights = load_adapter(self._directory, self._name, self._model.spec.target_shapes())
+        file = find_ladder(self._directory, self._name)
+        if file is None:
+            ladder = build_ladder(weights, allocation="global")
+        else:
+            ladder = load_ladder(file, weights, base_hash(self._model_dir))
+        self._read_at = stamps
+        return ladder
+
+    def unchanged(self) -> bool:
+        """Whether the files are those that were read last. Raises AdapterError or OSError."""
+        return self._stamps() == self._read_at
+
+    def _stamps(self) -> tuple[FileStamp, ...]:
+        names = (CONFIG_FILE, WEIGHTS_FILE, LADDER_FILE)
+        return tuple(file_stamp(self._directory, name, self._name) for name in names)
 
 
 def _check_same(ladder: RankLadder, file: Path | None, group: Group) -> None:
