@@ -37,14 +37,22 @@ def cheapest_chunks(costs: NDArray[np.float64], min_length: int) -> list[tuple[i
         totals = sums[first:end] + openings
         level[first:end] = totals.argmin(axis=1)
         least[first:end] = totals.min(axis=1)
+    starts = _first_minima(least[:, None] - sums)
     chunks: list[tuple[int, int]] = []
     end = tokens
     while end > 0:
         k = int(level[end])
-        last = end - min_length + 1
-        end = int((least[:last] - sums[:last, k]).argmin())
+        end = int(starts[end - min_length, k])
         chunks.append((end, k))
     return _merged(chunks[::-1])
+
+
+def _first_minima(values: NDArray[np.float64]) -> NDArray[np.intp]:
+    """For every row and column, the first row that holds the least value of the column so far."""
+    least = np.minimum.accumulate(values, axis=0)
+    rows = np.zeros(values.shape, dtype=np.intp)
+    rows[1:] = np.where(values[1:] < least[:-1], np.arange(1, len(values))[:, None], 0)
+    return np.maximum.accumulate(rows, axis=0)
 
 
 def _merged(chunks: list[tuple[int, int]]) -> list[tuple[int, int]]:
