@@ -64,12 +64,19 @@ class Lane:
         Raises:
             GenerationFailed: rank 0 ran a call that never reached this rank.
         """
+        return await asyncio.shield(self.submit(key, act))
+
+    def submit(self, key: int, act: Callable[[], R]) -> asyncio.Future[R]:
+        """`run` without waiting: calls get their turns in the order in which they are submitted."""
         call = _Call(key, act)
         with self._arrived:
             self._waiting.append(call)
             self._arrived.notify_all()
-        result: R = await asyncio.shield(asyncio.wrap_future(call.result))
-        return result
+        return asyncio.wrap_future(call.result)
+
+    def key(self, method: str, request: Message) -> int:
+        """A call's name among the ranks; a rank that is alone needs none."""
+        return call_key(method, request) if self._group.world_size > 1 else 0
 
     def _work(self) -> None:
         while True:
