@@ -144,11 +144,15 @@ class TimedLane(Lane):
         self.model: StubModel | None = None
         self.steps: list[Step] = []
 
-    async def run(self, key: int, act: Callable[[], R]) -> R:
+    def submit(self, key: int, act: Callable[[], R]) -> asyncio.Future[R]:
         """See `Lane`."""
         step = Step(time.perf_counter_ns())
-        result = await super().run(key, lambda: self.timed(step, act))
-        step.returned = time.perf_counter_ns()
+
+        def returned(_: asyncio.Future[R]) -> None:
+            step.returned = time.perf_counter_ns()
+
+        result = super().submit(key, lambda: self.timed(step, act))
+        result.add_done_callback(returned)
         return result
 
     def timed(self, step: Step, act: Callable[[], R]) -> R:

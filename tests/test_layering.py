@@ -36,8 +36,8 @@ MAY_IMPORT = {
     "__main__": {"cli"},
     "__init__": set(),
 }
-MAY_IMPORT_PB = {"wire.py", "shard/server.py", "router/front.py", "router/shards.py"}
-MAY_IMPORT_GRPC = {"shard/server.py", "router/front.py", "router/shards.py"}
+MAY_IMPORT_PB = {"wire.py", "shard/server.py", "router/front.py", "router/shards.py", "router/decode_stream.py"}
+MAY_IMPORT_GRPC = {"shard/server.py", "router/front.py", "router/shards.py", "router/decode_stream.py"}
 STDLIB_ONLY = {"core", "config"}
 NO_TORCH = {
     "core",

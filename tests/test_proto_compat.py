@@ -86,9 +86,8 @@ def test_steering_is_documented_and_starts_its_enums_with_unspecified() -> None:
     for enum in steer_pb.DESCRIPTOR.enum_types_by_name.values():
         assert enum.values_by_number[0].name.endswith("_UNSPECIFIED")
     (service,) = steer_pb.DESCRIPTOR.services_by_name.values()
-    (steer,) = service.methods
-    assert steer.client_streaming
-    assert steer.server_streaming
+    assert [method.name for method in service.methods] == ["Steer", "Decode"]
+    assert all(method.client_streaming and method.server_streaming for method in service.methods)
 
 
 def test_every_field_of_ours_has_a_sentence(request: pytest.FixtureRequest) -> None:

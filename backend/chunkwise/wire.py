@@ -225,6 +225,16 @@ def result_to_decode_pb(result: core.StepResult) -> pb.DecodeResponse:
     return message
 
 
+def outcome_to_pb(result: core.StepResult, signals: core.StepSignals | None) -> steer_pb.DecodeOutcome:
+    """Outcome of a step of a Decode stream that went well."""
+    message = steer_pb.DecodeOutcome()
+    message.response.SetInParent()
+    _fill_result(message.response, result)
+    if signals is not None:
+        message.signals.CopyFrom(signals_to_pb(signals))
+    return message
+
+
 def info_to_pb(info: core.ShardInfo) -> pb.InfoResponse:
     """Answer to Info."""
     return pb.InfoResponse(

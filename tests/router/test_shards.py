@@ -18,6 +18,7 @@ from chunkwise.core import (
     GenerationFailed,
     ShardInfo,
     SteeringUpdate,
+    StepResult,
     UnsupportedModel,
 )
 from chunkwise.pb import generate_pb2 as pb
@@ -35,16 +36,19 @@ from routing import request
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
-class FakeServer(TextGenerationServiceServicer, SteeringServiceServicer):
-    """One shard process: a `FakeShards` behind real sockets. Only rank 0 sends generations and signals."""
+class FakeServer(TextGenerationServiceServicer):
+    """generate.v3 of one shard process: a `FakeShards` behind real sockets. Only rank 0 sends generations and
+    signals."""
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
         self.shards = FakeShards()
         self.warmups: list[pb.WarmupRequest] = []
         self.sessions = 0
+        self.streamed: list[int] = []
+        self.closes = False
         self.supported: int | None = 512
-        self._emitted: asyncio.Queue[steer_pb.StepSignals] = asyncio.Queue()
+        self.emitted: asyncio.Queue[steer_pb.StepSignals] = asyncio.Queue()
 
     async def Info(self, request: pb.InfoRequest, context: Context) -> pb.InfoResponse:
         return wire.info_to_pb(await self.shards.info())
@@ -70,10 +74,15 @@ class FakeServer(TextGenerationServiceServicer, SteeringServiceServicer):
         return response
 
     async def Decode(self, request: pb.DecodeRequest, context: Context) -> pb.DecodeResponse:
+        response = await self.step(request)
+        await self._emit(request.step)
+        return response
+
+    async def step(self, request: pb.DecodeRequest) -> pb.DecodeResponse:
         batches = [wire.cached_batch_from_pb(each) for each in request.batches]
         await self._barrier(request.steering_seq)
-        response = wire.result_to_decode_pb(await self.shards.decode(batches, request.steering_seq, request.step))
-        await self._emit(request.step)
+        result = await self.shards.decode(batches, request.steering_seq, request.step, request.may_have_ended)
+        response = wire.result_to_decode_pb(result)
         if self.rank:
             del response.generations[:]
         return response
@@ -96,35 +105,59 @@ class FakeServer(TextGenerationServiceServicer, SteeringServiceServicer):
     ) -> pb.ServiceDiscoveryResponse:
         return pb.ServiceDiscoveryResponse()
 
-    async def Steer(
-        self, request_iterator: AsyncIterator[steer_pb.SteeringUpdate], context: Context
-    ) -> AsyncIterator[steer_pb.StepSignals]:
-        self.sessions += 1
-
-        async def receive() -> None:
-            async for update in request_iterator:
-                await self.shards.steer(wire.update_from_pb(update))
-
-        receiving = asyncio.create_task(receive())
-        try:
-            while True:
-                yield await self._emitted.get()
-        finally:
-            receiving.cancel()
-
     async def _barrier(self, seq: int) -> None:
         while len(self.shards.updates) < seq:
             await asyncio.sleep(0.001)
 
     async def _emit(self, step: int) -> None:
         if self.rank == 0 and step:
-            self._emitted.put_nowait(wire.signals_to_pb(await self.shards.signals(step)))
+            self.emitted.put_nowait(wire.signals_to_pb(await self.shards.signals(step)))
+
+
+class FakeSteering(SteeringServiceServicer):
+    """steering.v1 of the same process."""
+
+    def __init__(self, server: FakeServer) -> None:
+        self._server = server
+
+    async def Steer(
+        self, request_iterator: AsyncIterator[steer_pb.SteeringUpdate], context: Context
+    ) -> AsyncIterator[steer_pb.StepSignals]:
+        self._server.sessions += 1
+
+        async def receive() -> None:
+            async for update in request_iterator:
+                await self._server.shards.steer(wire.update_from_pb(update))
+
+        receiving = asyncio.create_task(receive())
+        try:
+            while True:
+                yield await self._server.emitted.get()
+        finally:
+            receiving.cancel()
+
+    async def Decode(
+        self, request_iterator: AsyncIterator[pb.DecodeRequest], context: Context
+    ) -> AsyncIterator[steer_pb.DecodeOutcome]:
+        server = self._server
+        async for wanted in request_iterator:
+            server.streamed.append(wanted.step)
+            try:
+                outcome = steer_pb.DecodeOutcome(response=await server.step(wanted))
+            except GenerationFailed as error:
+                outcome = steer_pb.DecodeOutcome(error=str(error))
+            else:
+                if server.rank == 0 and wanted.step:
+                    outcome.signals.CopyFrom(wire.signals_to_pb(await server.shards.signals(wanted.step)))
+            yield outcome
+            if server.closes:
+                return
 
 
 async def started(shard: FakeServer, path: Path) -> grpc.aio.Server:
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
     add_TextGenerationServiceServicer_to_server(shard, server)
-    add_SteeringServiceServicer_to_server(shard, server)
+    add_SteeringServiceServicer_to_server(FakeSteering(shard), server)
     server.add_insecure_port(f"unix:{path}")
     await server.start()
     return server
@@ -163,6 +196,63 @@ async def test_steps_reach_all_shards_and_one_answer_comes_back(tmp_path: Path) 
         for rank in ranks:
             assert [call.name for call in rank.shards.named("prefill", "decode")] == ["prefill", "decode", "decode"]
             assert rank.shards.updates == [SteeringUpdate(1, (ChunkDecision(7, 0, 4, 0.5, 2),))]
+            assert rank.streamed == [2, 3]
+
+
+async def test_without_steering_decode_is_a_plain_call(tmp_path: Path) -> None:
+    """As a TGI router makes it: such a shard may know nothing of steering.v1."""
+    async with group(tmp_path, steered=False) as (shards, ranks):
+        result = await shards.prefill([wire.request_from_pb(pb_request(7))], 9, None, 0, 0)
+        result = await shards.decode([result.batch or CachedBatch(0, (), 0, 0)], 0, 0)
+        assert len(result.generations) == 1
+        assert [rank.streamed for rank in ranks] == [[], []]
+
+
+async def test_a_step_may_be_sent_while_another_runs_and_be_given_up(tmp_path: Path) -> None:
+    async with group(tmp_path) as (shards, ranks):
+        batch = (await shards.prefill([wire.request_from_pb(pb_request(7))], 9, None, 0, 1)).batch
+        assert batch is not None
+        for rank in ranks:
+            rank.shards.running.clear()
+        running = asyncio.create_task(shards.decode([batch], 0, 2))
+        given_up = asyncio.create_task(shards.decode([batch], 0, 3, may_have_ended=True))
+        await asyncio.sleep(0.05)
+        given_up.cancel()
+        for rank in ranks:
+            rank.shards.running.set()
+        assert (await running).batch == batch
+        # The third token was the last: it came with the step that nobody waited for.
+        result = await shards.decode([batch], 0, 4, may_have_ended=True)
+        assert (result.generations, result.batch) == ((), None)
+        assert [rank.streamed for rank in ranks] == [[2, 3, 4]] * 2
+
+
+async def test_a_streamed_step_that_fails_on_one_shard_fails_and_the_stream_goes_on(tmp_path: Path) -> None:
+    async with group(tmp_path) as (shards, ranks):
+        batch = (await shards.prefill([wire.request_from_pb(pb_request(7))], 9, None, 0, 1)).batch
+        assert batch is not None
+        ranks[1].shards.failures["decode"] = [GenerationFailed("no memory left")]
+        with pytest.raises(GenerationFailed, match=r"s-1: no memory left") as failed:
+            await shards.decode([batch], 0, 2)
+        assert not isinstance(failed.value, ShardLost)
+        await shards.clear_cache(None, 0)
+        batch = (await shards.prefill([wire.request_from_pb(pb_request(8))], 10, None, 0, 3)).batch
+        assert batch is not None
+        assert (await shards.decode([batch], 0, 4)).batch == batch
+        assert (await shards.signals(4)).step == 4
+
+
+async def test_a_shard_that_closes_its_stream_of_steps_is_lost(tmp_path: Path) -> None:
+    async with group(tmp_path) as (shards, ranks):
+        batch = (await shards.prefill([wire.request_from_pb(pb_request(7))], 9, None, 0, 1)).batch
+        assert batch is not None
+        ranks[0].closes = True
+        steps = [shards.decode([batch], 0, step, may_have_ended=True) for step in (2, 3)]
+        first, second = await asyncio.gather(*steps, return_exceptions=True)
+        assert isinstance(first, StepResult)
+        assert isinstance(second, ShardLost)
+        with pytest.raises(ShardLost, match="the shard has closed it"):
+            await shards.decode([batch], 0, 4)
 
 
 def pb_request(id: int) -> pb.Request:

@@ -146,3 +146,57 @@ async def test_a_gap_in_the_updates_ends_the_stream_alone(client: Client) -> Non
     with pytest.raises(grpc.aio.AioRpcError, match="without gaps"):
         await stream.read()
     assert (await client.generate.Prefill(_prefill(0, 0, new=1))).generations
+
+
+async def test_streamed_steps_are_those_of_decode_and_carry_their_signals(client: Client) -> None:
+    steer = client.steering.Steer()
+    plain: list[int] = []
+    batch = (await client.generate.Prefill(_prefill(0, 0))).batch
+    while batch.request_ids:
+        response = await client.generate.Decode(pb.DecodeRequest(batches=[batch]))
+        plain.extend(response.generations[0].tokens.ids)
+        batch = response.batch
+    stream = client.steering.Decode()
+    batch = (await client.generate.Prefill(_prefill(1, 1))).batch
+    # All are sent before the first has ended; the last finds the batch ended.
+    for step in (11, 12, 0, 14):
+        await stream.write(pb.DecodeRequest(batches=[batch], step=step, may_have_ended=True))
+    outcomes = [await stream.read() for _ in range(4)]
+    assert all(isinstance(outcome, steer_pb.DecodeOutcome) and not outcome.error for outcome in outcomes)
+    found = [outcome for outcome in outcomes if isinstance(outcome, steer_pb.DecodeOutcome)]
+    assert [id for outcome in found for g in outcome.response.generations for id in g.tokens.ids] == plain
+    assert [o.signals.step if o.HasField("signals") else None for o in found] == [11, 12, None, 14]
+    assert [signal.request_id for signal in found[0].signals.signals] == [1]
+    assert found[3].HasField("response")
+    await stream.done_writing()
+    assert await stream.read() is grpc.aio.EOF
+    await steer.done_writing()
+    assert await steer.read() is grpc.aio.EOF
+
+
+async def test_a_streamed_step_that_fails_leaves_the_stream_open(client: Client) -> None:
+    stream = client.steering.Decode()
+    await stream.write(pb.DecodeRequest(batches=[pb.CachedBatch(id=77)]))
+    await stream.write(pb.DecodeRequest())
+    first, second = await stream.read(), await stream.read()
+    assert isinstance(first, steer_pb.DecodeOutcome)
+    assert isinstance(second, steer_pb.DecodeOutcome)
+    assert "77" in first.error
+    assert "names no batch" in second.error
+    assert not first.HasField("response")
+
+
+async def test_a_stream_that_is_broken_off_harms_no_other_call(client: Client) -> None:
+    batch = (await client.generate.Prefill(_prefill(0, 0, new=8))).batch
+    stream = client.steering.Decode()
+    for _ in range(3):
+        await stream.write(pb.DecodeRequest(batches=[batch], may_have_ended=True))
+    await stream.read()
+    stream.cancel()
+    await client.generate.ClearCache(pb.ClearCacheRequest())
+    batch = (await client.generate.Prefill(_prefill(1, 1, new=2))).batch
+    stream = client.steering.Decode()
+    await stream.write(pb.DecodeRequest(batches=[batch]))
+    outcome = await stream.read()
+    assert isinstance(outcome, steer_pb.DecodeOutcome)
+    assert outcome.response.generations[0].HasField("generated_text")

@@ -22,31 +22,34 @@ _runtime_version.ValidateProtobufRuntimeVersion(
 _sym_db = _symbol_database.Default()
 
 
+from chunkwise.pb import generate_pb2 as chunkwise_dot_pb_dot_generate__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63hunkwise/pb/steering.proto\x12\x0bsteering.v1\"\xa8\x01\n\x0eSteeringUpdate\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12*\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x1a.steering.v1.ChunkDecision\x12#\n\x02kv\x18\x03 \x03(\x0b\x32\x17.steering.v1.KvDecision\x12\x10\n\x08released\x18\x04 \x03(\x04\x12&\n\x06tables\x18\x05 \x03(\x0b\x32\x16.steering.v1.RungTable\"9\n\tRungTable\x12\n\n\x02id\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05rungs\x18\x03 \x03(\x01\"\x94\x01\n\rChunkDecision\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x12\n\x05scale\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\tcrossfade\x18\x05 \x01(\r\x12\x11\n\x04rung\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05table\x18\x07 \x01(\rB\x08\n\x06_scaleB\x07\n\x05_rungJ\x04\x08\x03\x10\x04\"\xb3\x01\n\nKvDecision\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\x12%\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x15.steering.v1.KvFormat\x12\x14\n\x0c\x64rop_percent\x18\x05 \x01(\r\x12%\n\x06scorer\x18\x06 \x01(\x0e\x32\x15.steering.v1.KvScorer\x12\x11\n\teffective\x18\x07 \x01(\r\"J\n\x0bStepSignals\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12-\n\x07signals\x18\x02 \x03(\x0b\x32\x1c.steering.v1.SequenceSignals\"|\n\x0fSequenceSignals\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0f\n\x07\x65ntropy\x18\x03 \x01(\x02\x12\x1d\n\x10\x61ttention_spread\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x13\n\x11_attention_spread*M\n\x08KvFormat\x12\x19\n\x15KV_FORMAT_UNSPECIFIED\x10\x00\x12\x12\n\x0eKV_FORMAT_INT8\x10\x01\x12\x12\n\x0eKV_FORMAT_INT4\x10\x02*B\n\x08KvScorer\x12\x19\n\x15KV_SCORER_UNSPECIFIED\x10\x00\x12\x1b\n\x17KV_SCORER_KEY_DIVERSITY\x10\x01\x32W\n\x0fSteeringService\x12\x44\n\x05Steer\x12\x1b.steering.v1.SteeringUpdate\x1a\x18.steering.v1.StepSignals\"\x00(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x63hunkwise/pb/steering.proto\x12\x0bsteering.v1\x1a\x1b\x63hunkwise/pb/generate.proto\"\xa8\x01\n\x0eSteeringUpdate\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12*\n\x06\x63hunks\x18\x02 \x03(\x0b\x32\x1a.steering.v1.ChunkDecision\x12#\n\x02kv\x18\x03 \x03(\x0b\x32\x17.steering.v1.KvDecision\x12\x10\n\x08released\x18\x04 \x03(\x04\x12&\n\x06tables\x18\x05 \x03(\x0b\x32\x16.steering.v1.RungTable\"9\n\tRungTable\x12\n\n\x02id\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12\r\n\x05rungs\x18\x03 \x03(\x01\"\x94\x01\n\rChunkDecision\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x12\n\x05scale\x18\x04 \x01(\x02H\x00\x88\x01\x01\x12\x11\n\tcrossfade\x18\x05 \x01(\r\x12\x11\n\x04rung\x18\x06 \x01(\x01H\x01\x88\x01\x01\x12\r\n\x05table\x18\x07 \x01(\rB\x08\n\x06_scaleB\x07\n\x05_rungJ\x04\x08\x03\x10\x04\"\xb3\x01\n\nKvDecision\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\r\n\x05start\x18\x02 \x01(\r\x12\x0b\n\x03\x65nd\x18\x03 \x01(\r\x12%\n\x06\x66ormat\x18\x04 \x01(\x0e\x32\x15.steering.v1.KvFormat\x12\x14\n\x0c\x64rop_percent\x18\x05 \x01(\r\x12%\n\x06scorer\x18\x06 \x01(\x0e\x32\x15.steering.v1.KvScorer\x12\x11\n\teffective\x18\x07 \x01(\r\"x\n\rDecodeOutcome\x12-\n\x08response\x18\x01 \x01(\x0b\x32\x1b.generate.v3.DecodeResponse\x12\r\n\x05\x65rror\x18\x02 \x01(\t\x12)\n\x07signals\x18\x03 \x01(\x0b\x32\x18.steering.v1.StepSignals\"J\n\x0bStepSignals\x12\x0c\n\x04step\x18\x01 \x01(\x04\x12-\n\x07signals\x18\x02 \x03(\x0b\x32\x1c.steering.v1.SequenceSignals\"|\n\x0fSequenceSignals\x12\x12\n\nrequest_id\x18\x01 \x01(\x04\x12\x10\n\x08position\x18\x02 \x01(\r\x12\x0f\n\x07\x65ntropy\x18\x03 \x01(\x02\x12\x1d\n\x10\x61ttention_spread\x18\x04 \x01(\x02H\x00\x88\x01\x01\x42\x13\n\x11_attention_spread*M\n\x08KvFormat\x12\x19\n\x15KV_FORMAT_UNSPECIFIED\x10\x00\x12\x12\n\x0eKV_FORMAT_INT8\x10\x01\x12\x12\n\x0eKV_FORMAT_INT4\x10\x02*B\n\x08KvScorer\x12\x19\n\x15KV_SCORER_UNSPECIFIED\x10\x00\x12\x1b\n\x17KV_SCORER_KEY_DIVERSITY\x10\x01\x32\x9f\x01\n\x0fSteeringService\x12\x44\n\x05Steer\x12\x1b.steering.v1.SteeringUpdate\x1a\x18.steering.v1.StepSignals\"\x00(\x01\x30\x01\x12\x46\n\x06\x44\x65\x63ode\x12\x1a.generate.v3.DecodeRequest\x1a\x1a.steering.v1.DecodeOutcome\"\x00(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'chunkwise.pb.steering_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KVFORMAT']._serialized_start=809
-  _globals['_KVFORMAT']._serialized_end=886
-  _globals['_KVSCORER']._serialized_start=888
-  _globals['_KVSCORER']._serialized_end=954
-  _globals['_STEERINGUPDATE']._serialized_start=45
-  _globals['_STEERINGUPDATE']._serialized_end=213
-  _globals['_RUNGTABLE']._serialized_start=215
-  _globals['_RUNGTABLE']._serialized_end=272
-  _globals['_CHUNKDECISION']._serialized_start=275
-  _globals['_CHUNKDECISION']._serialized_end=423
-  _globals['_KVDECISION']._serialized_start=426
-  _globals['_KVDECISION']._serialized_end=605
-  _globals['_STEPSIGNALS']._serialized_start=607
-  _globals['_STEPSIGNALS']._serialized_end=681
-  _globals['_SEQUENCESIGNALS']._serialized_start=683
-  _globals['_SEQUENCESIGNALS']._serialized_end=807
-  _globals['_STEERINGSERVICE']._serialized_start=956
-  _globals['_STEERINGSERVICE']._serialized_end=1043
+  _globals['_KVFORMAT']._serialized_start=960
+  _globals['_KVFORMAT']._serialized_end=1037
+  _globals['_KVSCORER']._serialized_start=1039
+  _globals['_KVSCORER']._serialized_end=1105
+  _globals['_STEERINGUPDATE']._serialized_start=74
+  _globals['_STEERINGUPDATE']._serialized_end=242
+  _globals['_RUNGTABLE']._serialized_start=244
+  _globals['_RUNGTABLE']._serialized_end=301
+  _globals['_CHUNKDECISION']._serialized_start=304
+  _globals['_CHUNKDECISION']._serialized_end=452
+  _globals['_KVDECISION']._serialized_start=455
+  _globals['_KVDECISION']._serialized_end=634
+  _globals['_DECODEOUTCOME']._serialized_start=636
+  _globals['_DECODEOUTCOME']._serialized_end=756
+  _globals['_STEPSIGNALS']._serialized_start=758
+  _globals['_STEPSIGNALS']._serialized_end=832
+  _globals['_SEQUENCESIGNALS']._serialized_start=834
+  _globals['_SEQUENCESIGNALS']._serialized_end=958
+  _globals['_STEERINGSERVICE']._serialized_start=1108
+  _globals['_STEERINGSERVICE']._serialized_end=1267
 # @@protoc_insertion_point(module_scope)

@@ -13,6 +13,7 @@ KV cache in the model's data type.
 """
 
 import builtins
+import chunkwise.pb.generate_pb2
 import collections.abc
 import google.protobuf.descriptor
 import google.protobuf.internal.containers
@@ -240,6 +241,39 @@ class KvDecision(google.protobuf.message.Message):
     def ClearField(self, field_name: typing.Literal["drop_percent", b"drop_percent", "effective", b"effective", "end", b"end", "format", b"format", "request_id", b"request_id", "scorer", b"scorer", "start", b"start"]) -> None: ...
 
 Global___KvDecision: typing_extensions.TypeAlias = KvDecision
+
+@typing.final
+class DecodeOutcome(google.protobuf.message.Message):
+    """DecodeOutcome ends one step of a Decode stream."""
+
+    DESCRIPTOR: google.protobuf.descriptor.Descriptor
+
+    RESPONSE_FIELD_NUMBER: builtins.int
+    ERROR_FIELD_NUMBER: builtins.int
+    SIGNALS_FIELD_NUMBER: builtins.int
+    error: builtins.str
+    """error says why the step failed. Empty: it did not."""
+    @property
+    def response(self) -> chunkwise.pb.generate_pb2.DecodeResponse:
+        """response is what generate.v3's Decode would have answered. Unset: the step failed."""
+
+    @property
+    def signals(self) -> Global___StepSignals:
+        """signals are those of the step, which Steer then does not carry. Unset: the request named no step, or this is not shard
+        0.
+        """
+
+    def __init__(
+        self,
+        *,
+        response: chunkwise.pb.generate_pb2.DecodeResponse | None = ...,
+        error: builtins.str = ...,
+        signals: Global___StepSignals | None = ...,
+    ) -> None: ...
+    def HasField(self, field_name: typing.Literal["response", b"response", "signals", b"signals"]) -> builtins.bool: ...
+    def ClearField(self, field_name: typing.Literal["error", b"error", "response", b"response", "signals", b"signals"]) -> None: ...
+
+Global___DecodeOutcome: typing_extensions.TypeAlias = DecodeOutcome
 
 @typing.final
 class StepSignals(google.protobuf.message.Message):

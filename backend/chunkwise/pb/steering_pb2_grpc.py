@@ -3,6 +3,7 @@
 import grpc
 import warnings
 
+from chunkwise.pb import generate_pb2 as chunkwise_dot_pb_dot_generate__pb2
 from chunkwise.pb import steering_pb2 as chunkwise_dot_pb_dot_steering__pb2
 
 GRPC_GENERATED_VERSION = '1.76.0'
@@ -39,6 +40,11 @@ class SteeringServiceStub(object):
                 request_serializer=chunkwise_dot_pb_dot_steering__pb2.SteeringUpdate.SerializeToString,
                 response_deserializer=chunkwise_dot_pb_dot_steering__pb2.StepSignals.FromString,
                 _registered_method=True)
+        self.Decode = channel.stream_stream(
+                '/steering.v1.SteeringService/Decode',
+                request_serializer=chunkwise_dot_pb_dot_generate__pb2.DecodeRequest.SerializeToString,
+                response_deserializer=chunkwise_dot_pb_dot_steering__pb2.DecodeOutcome.FromString,
+                _registered_method=True)
 
 
 class SteeringServiceServicer(object):
@@ -52,6 +58,14 @@ class SteeringServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Decode(self, request_iterator, context):
+        """Decode is generate.v3's Decode without a call of its own for every step: each request is answered by one outcome, in
+        order. A request may be sent while the step before still runs. An error of one step does not end the stream.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SteeringServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -59,6 +73,11 @@ def add_SteeringServiceServicer_to_server(servicer, server):
                     servicer.Steer,
                     request_deserializer=chunkwise_dot_pb_dot_steering__pb2.SteeringUpdate.FromString,
                     response_serializer=chunkwise_dot_pb_dot_steering__pb2.StepSignals.SerializeToString,
+            ),
+            'Decode': grpc.stream_stream_rpc_method_handler(
+                    servicer.Decode,
+                    request_deserializer=chunkwise_dot_pb_dot_generate__pb2.DecodeRequest.FromString,
+                    response_serializer=chunkwise_dot_pb_dot_steering__pb2.DecodeOutcome.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -88,6 +107,33 @@ class SteeringService(object):
             '/steering.v1.SteeringService/Steer',
             chunkwise_dot_pb_dot_steering__pb2.SteeringUpdate.SerializeToString,
             chunkwise_dot_pb_dot_steering__pb2.StepSignals.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Decode(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/steering.v1.SteeringService/Decode',
+            chunkwise_dot_pb_dot_generate__pb2.DecodeRequest.SerializeToString,
+            chunkwise_dot_pb_dot_steering__pb2.DecodeOutcome.FromString,
             options,
             channel_credentials,
             insecure,

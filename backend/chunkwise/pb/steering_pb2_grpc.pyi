@@ -13,6 +13,7 @@ KV cache in the model's data type.
 """
 
 import abc
+import chunkwise.pb.generate_pb2
 import chunkwise.pb.steering_pb2
 import collections.abc
 import grpc
@@ -50,12 +51,32 @@ _SteeringServiceSteerType = typing_extensions.TypeVar(
     ],
 )
 
-class SteeringServiceStub(typing.Generic[_SteeringServiceSteerType]):
+_SteeringServiceDecodeType = typing_extensions.TypeVar(
+    '_SteeringServiceDecodeType',
+    grpc.StreamStreamMultiCallable[
+        chunkwise.pb.generate_pb2.DecodeRequest,
+        chunkwise.pb.steering_pb2.DecodeOutcome,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        chunkwise.pb.generate_pb2.DecodeRequest,
+        chunkwise.pb.steering_pb2.DecodeOutcome,
+    ],
+    default=grpc.StreamStreamMultiCallable[
+        chunkwise.pb.generate_pb2.DecodeRequest,
+        chunkwise.pb.steering_pb2.DecodeOutcome,
+    ],
+)
+
+class SteeringServiceStub(typing.Generic[_SteeringServiceSteerType, _SteeringServiceDecodeType]):
     @typing.overload
     def __init__(self: SteeringServiceStub[
         grpc.StreamStreamMultiCallable[
             chunkwise.pb.steering_pb2.SteeringUpdate,
             chunkwise.pb.steering_pb2.StepSignals,
+        ],
+        grpc.StreamStreamMultiCallable[
+            chunkwise.pb.generate_pb2.DecodeRequest,
+            chunkwise.pb.steering_pb2.DecodeOutcome,
         ],
     ], channel: grpc.Channel) -> None: ...
 
@@ -65,6 +86,10 @@ class SteeringServiceStub(typing.Generic[_SteeringServiceSteerType]):
             chunkwise.pb.steering_pb2.SteeringUpdate,
             chunkwise.pb.steering_pb2.StepSignals,
         ],
+        grpc.aio.StreamStreamMultiCallable[
+            chunkwise.pb.generate_pb2.DecodeRequest,
+            chunkwise.pb.steering_pb2.DecodeOutcome,
+        ],
     ], channel: grpc.aio.Channel) -> None: ...
 
     Steer: _SteeringServiceSteerType
@@ -72,10 +97,19 @@ class SteeringServiceStub(typing.Generic[_SteeringServiceSteerType]):
     an earlier session left behind is forgotten. Shard 0 sends StepSignals; other shards send nothing.
     """
 
+    Decode: _SteeringServiceDecodeType
+    """Decode is generate.v3's Decode without a call of its own for every step: each request is answered by one outcome, in
+    order. A request may be sent while the step before still runs. An error of one step does not end the stream.
+    """
+
 SteeringServiceAsyncStub: typing_extensions.TypeAlias = SteeringServiceStub[
     grpc.aio.StreamStreamMultiCallable[
         chunkwise.pb.steering_pb2.SteeringUpdate,
         chunkwise.pb.steering_pb2.StepSignals,
+    ],
+    grpc.aio.StreamStreamMultiCallable[
+        chunkwise.pb.generate_pb2.DecodeRequest,
+        chunkwise.pb.steering_pb2.DecodeOutcome,
     ],
 ]
 
@@ -88,6 +122,16 @@ class SteeringServiceServicer(metaclass=abc.ABCMeta):
     ) -> typing.Union[collections.abc.Iterator[chunkwise.pb.steering_pb2.StepSignals], collections.abc.AsyncIterator[chunkwise.pb.steering_pb2.StepSignals]]:
         """Steer is one long-lived stream per shard. Opening it starts a steering session: updates are numbered from 1, and what
         an earlier session left behind is forgotten. Shard 0 sends StepSignals; other shards send nothing.
+        """
+
+    @abc.abstractmethod
+    def Decode(
+        self,
+        request_iterator: _MaybeAsyncIterator[chunkwise.pb.generate_pb2.DecodeRequest],
+        context: _ServicerContext,
+    ) -> typing.Union[collections.abc.Iterator[chunkwise.pb.steering_pb2.DecodeOutcome], collections.abc.AsyncIterator[chunkwise.pb.steering_pb2.DecodeOutcome]]:
+        """Decode is generate.v3's Decode without a call of its own for every step: each request is answered by one outcome, in
+        order. A request may be sent while the step before still runs. An error of one step does not end the stream.
         """
 
 def add_SteeringServiceServicer_to_server(servicer: SteeringServiceServicer, server: typing.Union[grpc.Server, grpc.aio.Server]) -> None: ...

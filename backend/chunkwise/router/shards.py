@@ -1,6 +1,6 @@
 """The tensor-parallel shards as one: every call goes to all of them, and one answer comes back.
 
-The only router module that knows gRPC. It does not decide what to send, or when.
+It does not decide what to send, or when.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from chunkwise.pb import generate_pb2 as pb
 from chunkwise.pb import steering_pb2 as steer_pb
 from chunkwise.pb.generate_pb2_grpc import TextGenerationServiceStub
 from chunkwise.pb.steering_pb2_grpc import SteeringServiceStub
+from chunkwise.router.decode_stream import DecodeStream
 from chunkwise.router.shard_group import ShardLost, Shards
 from chunkwise.router.warmup import warmup_prompt
 
@@ -70,6 +71,8 @@ def _failure(url: str, error: grpc.aio.AioRpcError) -> GenerationFailed:
 
 async def _all(calls: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
     """The results of all calls; if one fails, its error, once no call is under way any more."""
+    if len(calls) == 1:
+        return [await calls[0]]
     tasks = [asyncio.ensure_future(call) for call in calls]
     try:
         _, pending = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
@@ -96,13 +99,15 @@ def _target(url: str) -> str:
 
 
 class GrpcShards:
-    """`Shards` over generate.v3 and, if steered, one steering.v1 stream per shard. Made by `connect`."""
+    """`Shards` over generate.v3 and, if steered, two steering.v1 streams per shard. Made by `connect`."""
 
     def __init__(self, urls: Sequence[str]) -> None:
         self._urls = tuple(urls)
         self._channels = [grpc.aio.insecure_channel(_target(url), options=_CHANNEL_OPTIONS) for url in urls]
         self._stubs: list[TextGenerationServiceAsyncStub] = [TextGenerationServiceStub(c) for c in self._channels]
         self._steers: list[_SteerCall] = []
+        self._decodes: list[DecodeStream] = []
+        self._signals: dict[int, StepSignals] = {}
 
     @classmethod
     async def connect(cls, urls: Sequence[str], *, steered: bool, deadline_s: float) -> GrpcShards:
@@ -116,7 +121,9 @@ class GrpcShards:
         try:
             await _all([shards._reach(rank, deadline) for rank in range(len(urls))])
             if steered:
-                shards._steers = [SteeringServiceStub(channel).Steer() for channel in shards._channels]
+                stubs = [SteeringServiceStub(channel) for channel in shards._channels]
+                shards._steers = [stub.Steer() for stub in stubs]
+                shards._decodes = [DecodeStream(url, stub.Decode()) for url, stub in zip(urls, stubs, strict=True)]
         except BaseException:
             await shards.close()
             raise
@@ -166,7 +173,12 @@ class GrpcShards:
         """See `Shards`."""
         cached = [wire.cached_batch_to_pb(batch) for batch in batches]
         request = pb.DecodeRequest(batches=cached, steering_seq=seq, step=step, may_have_ended=may_have_ended)
-        return self._joined(await self._each(lambda stub: stub.Decode(request)))
+        if not self._decodes:
+            return self._joined(await self._each(lambda stub: stub.Decode(request)))
+        outcomes = await _all([stream.decode(request) for stream in self._decodes])
+        if outcomes[0].HasField("signals"):
+            self._signals[step] = wire.signals_from_pb(outcomes[0].signals)
+        return self._joined([outcome.response for outcome in outcomes])
 
     async def filter_batch(self, batch_id: int, request_ids: Sequence[int], seq: int) -> CachedBatch:
         """See `Shards`."""
@@ -189,7 +201,12 @@ class GrpcShards:
         await _all([self._write(rank, message) for rank in range(len(self._steers))])
 
     async def signals(self, step: int) -> StepSignals:
-        """See `Shards`. Raises ShardLost also when the stream is already past that step."""
+        """See `Shards`. Those of streamed steps have come with the outcome. Raises ShardLost also when the stream is
+        already past that step."""
+        came = self._signals.pop(step, None)
+        self._signals = {later: signals for later, signals in self._signals.items() if later > step}
+        if came is not None:
+            return came
         while True:
             message = await self._read_signals()
             if message.step == step:
@@ -201,6 +218,8 @@ class GrpcShards:
         """See `Shards`."""
         for call in self._steers:
             call.cancel()
+        for stream in self._decodes:
+            stream.close()
         for channel in self._channels:
             await channel.close()
 

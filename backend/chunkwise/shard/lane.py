@@ -11,8 +11,9 @@ import asyncio
 import threading
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from contextlib import suppress
 from hashlib import blake2b
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 from google.protobuf.message import Message
@@ -30,18 +31,37 @@ def call_key(method: str, request: Message) -> int:
 
 
 class _Call:
-    """A call that waits for its turn."""
+    """A call that waits for its turn, made on an event loop's thread."""
 
     def __init__(self, key: int, act: Callable[[], Any]) -> None:
         self.key = key
-        self.result: Future[Any] = Future()
+        self.outcome: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._act = act
+        self._result: Any = None
+        self._error: BaseException | None = None
 
     def run(self) -> None:
         try:
-            self.result.set_result(self._act())
+            self._result = self._act()
         except BaseException as error:
-            self.result.set_exception(error)
+            self._error = error
+
+    def fail(self, error: BaseException) -> None:
+        self._error = error
+
+    def announce(self) -> None:
+        """Settles the outcome; from any thread."""
+        # The loop may be closed by now, and nobody there to hear it.
+        with suppress(RuntimeError):
+            self.outcome.get_loop().call_soon_threadsafe(self._settle)
+
+    def _settle(self) -> None:
+        if self.outcome.done():
+            return
+        if self._error is not None:
+            self.outcome.set_exception(self._error)
+        else:
+            self.outcome.set_result(self._result)
 
 
 class Lane:
@@ -55,7 +75,9 @@ class Lane:
         self._timeout = timeout_seconds
         self._arrived = threading.Condition()
         self._waiting: deque[_Call] = deque()
+        self._ended: SimpleQueue[_Call] = SimpleQueue()
         threading.Thread(target=self._work, name="engine", daemon=True).start()
+        threading.Thread(target=self._announce, name="announcer", daemon=True).start()
 
     async def run(self, key: int, act: Callable[[], R]) -> R:
         """The result of ``act``, once its turn has come. It runs even if the caller stops waiting: the other ranks run
@@ -64,12 +86,19 @@ class Lane:
         Raises:
             GenerationFailed: rank 0 ran a call that never reached this rank.
         """
+        return await asyncio.shield(self.submit(key, act))
+
+    def submit(self, key: int, act: Callable[[], R]) -> asyncio.Future[R]:
+        """`run` without waiting: calls get their turns in the order in which they are submitted."""
         call = _Call(key, act)
         with self._arrived:
             self._waiting.append(call)
             self._arrived.notify_all()
-        result: R = await asyncio.shield(asyncio.wrap_future(call.result))
-        return result
+        return call.outcome
+
+    def key(self, method: str, request: Message) -> int:
+        """A call's name among the ranks; a rank that is alone needs none."""
+        return call_key(method, request) if self._group.world_size > 1 else 0
 
     def _work(self) -> None:
         while True:
@@ -79,9 +108,17 @@ class Lane:
             try:
                 call = self._take(self._group.first(oldest.key))
             except Exception as error:
-                self._take(oldest.key).result.set_exception(error)
-                continue
-            call.run()
+                call = self._take(oldest.key)
+                call.fail(error)
+            else:
+                call.run()
+            self._ended.put(call)
+
+    def _announce(self) -> None:
+        """To wake an event loop gives the interpreter lock away, and the loop keeps it for as long as it has to do with
+        the result. So the engine's thread, which has the next step to begin, leaves that to this one."""
+        while True:
+            self._ended.get().announce()
 
     def _take(self, key: int) -> _Call:
         def find() -> _Call | None:

@@ -17,18 +17,19 @@ import grpc
 from google.protobuf.message import Message
 
 from chunkwise import wire
-from chunkwise.core import ChunkwiseError, InvalidRequest, SteeringViolation, StepSignals
+from chunkwise.core import ChunkwiseError, InvalidRequest, SteeringViolation, StepResult, StepSignals
 from chunkwise.pb import generate_pb2 as pb
 from chunkwise.pb import generate_pb2_grpc as pb_grpc
 from chunkwise.pb import steering_pb2 as steer_pb
 from chunkwise.pb import steering_pb2_grpc as steer_grpc
 from chunkwise.shard.decisions import DecisionTable, SteeringSession
 from chunkwise.shard.engine import Engine
-from chunkwise.shard.lane import Lane, call_key
+from chunkwise.shard.lane import Lane
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Context = grpc.aio.ServicerContext[Any, Any]
+_Step = tuple[StepResult, StepSignals]
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +37,15 @@ _STATUS: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     SteeringViolation: grpc.StatusCode.FAILED_PRECONDITION,
 }
+
+
+def _decoding(engine: Engine, request: pb.DecodeRequest) -> Callable[[], _Step]:
+    batch_ids = [batch.id for batch in request.batches]
+    return functools.partial(engine.decode, batch_ids, request.steering_seq, request.step, request.may_have_ended)
+
+
+def _reports(engine: Engine, signals: StepSignals) -> bool:
+    return engine.group.rank == 0 and signals.step != 0
 
 
 class SignalOutlet:
@@ -61,10 +71,20 @@ class SignalOutlet:
             self._queue.put_nowait(signals)
 
 
-class SteeringService(steer_grpc.SteeringServiceServicer):
-    """steering.v1: decisions in, signals out."""
+def _explain(error: BaseException) -> str:
+    """What a caller is told of an error; one that is not ours is logged."""
+    if isinstance(error, ChunkwiseError):
+        return str(error)
+    logger.error("unexpected error", exc_info=error)
+    return f"{type(error).__name__}: {error}"
 
-    def __init__(self, decisions: DecisionTable, outlet: SignalOutlet) -> None:
+
+class SteeringService(steer_grpc.SteeringServiceServicer):
+    """steering.v1: decisions in, signals out; and steps as a stream."""
+
+    def __init__(self, engine: Engine, lane: Lane, decisions: DecisionTable, outlet: SignalOutlet) -> None:
+        self._engine = engine
+        self._lane = lane
         self._decisions = decisions
         self._outlet = outlet
 
@@ -100,6 +120,32 @@ class SteeringService(steer_grpc.SteeringServiceServicer):
         async for update in updates:
             self._decisions.receive(session, wire.update_from_pb(update))
 
+    async def Decode(
+        self, request_iterator: AsyncIterator[pb.DecodeRequest], context: Context
+    ) -> AsyncIterator[steer_pb.DecodeOutcome]:
+        """Takes requests while a step runs, so that the next one need not wait for the outcome of the last."""
+        steps: asyncio.Queue[asyncio.Future[_Step] | None] = asyncio.Queue()
+        reading = asyncio.ensure_future(self._queue_steps(request_iterator, steps))
+        try:
+            while (step := await steps.get()) is not None:
+                yield await self._outcome(step)
+        finally:
+            reading.cancel()
+
+    async def _queue_steps(
+        self, requests: AsyncIterator[pb.DecodeRequest], steps: asyncio.Queue[asyncio.Future[_Step] | None]
+    ) -> None:
+        async for request in requests:
+            steps.put_nowait(self._lane.submit(self._lane.key("Decode", request), _decoding(self._engine, request)))
+        steps.put_nowait(None)
+
+    async def _outcome(self, step: asyncio.Future[_Step]) -> steer_pb.DecodeOutcome:
+        try:
+            result, signals = await step
+        except Exception as error:
+            return steer_pb.DecodeOutcome(error=_explain(error))
+        return wire.outcome_to_pb(result, signals if _reports(self._engine, signals) else None)
+
 
 class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
     """generate.v3 over an `Engine`. Rank 0 reports the signals of every step that names its number."""
@@ -115,17 +161,14 @@ class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
     ) -> R:
         """Runs ``act`` when its turn has come; an error ends the call with the gRPC status of its type."""
         try:
-            key = call_key(type(request).__name__, request)
+            key = self._lane.key(type(request).__name__, request)
             return await self._lane.run(key, functools.partial(act, *args, **kwargs))
-        except ChunkwiseError as error:
-            await context.abort(_STATUS.get(type(error), grpc.StatusCode.INTERNAL), str(error))
         except Exception as error:
-            logger.exception("unexpected error")
-            await context.abort(grpc.StatusCode.INTERNAL, f"{type(error).__name__}: {error}")
+            await context.abort(_STATUS.get(type(error), grpc.StatusCode.INTERNAL), _explain(error))
         raise AssertionError("abort always raises")
 
     def _report(self, signals: StepSignals) -> None:
-        if self._engine.group.rank == 0 and signals.step:
+        if _reports(self._engine, signals):
             self._outlet.send(signals)
 
     async def Health(self, request: pb.HealthRequest, context: Context) -> pb.HealthResponse:
@@ -194,15 +237,7 @@ class TextGenerationService(pb_grpc.TextGenerationServiceServicer):
 
     async def Decode(self, request: pb.DecodeRequest, context: Context) -> pb.DecodeResponse:
         """As in generate.v3."""
-        result, signals = await self._work(
-            context,
-            request,
-            self._engine.decode,
-            [batch.id for batch in request.batches],
-            request.steering_seq,
-            request.step,
-            request.may_have_ended,
-        )
+        result, signals = await self._work(context, request, _decoding(self._engine, request))
         self._report(signals)
         return wire.result_to_decode_pb(result)
 
@@ -215,5 +250,6 @@ def build_server(engine: Engine, decisions: DecisionTable, lane: Lane, urls: tup
     options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)]
     server = grpc.aio.server(options=options)
     pb_grpc.add_TextGenerationServiceServicer_to_server(TextGenerationService(engine, lane, urls, outlet), server)
-    steer_grpc.add_SteeringServiceServicer_to_server(SteeringService(decisions, outlet), server)
+    steering = SteeringService(engine, lane, decisions, outlet)
+    steer_grpc.add_SteeringServiceServicer_to_server(steering, server)
     return server
