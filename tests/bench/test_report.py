@@ -67,6 +67,13 @@ def test_the_table_has_a_line_per_row() -> None:
     assert len(text.splitlines()) == 3 + 3
 
 
+def test_the_trace_s_table_shows_percentiles() -> None:
+    (row,) = rows({OURS: measured(25, 1, [1, 2, 3, 4], "replayed")}, FORMATS)
+    _, head, line = table("trace", [row]).lstrip().splitlines()
+    assert (head.count("90 %"), head.count("99 %"), head.count("step ms")) == (2, 2, 0)
+    assert line.split()[:9] == ["replayed", OURS, "float32", *["100.0"] * 3, *["25.0"] * 3]
+
+
 def test_plots_are_png_files(tmp_path: Path) -> None:
     plots = pytest.importorskip("chunkwise.bench.plots", reason="matplotlib is an extra", exc_type=ImportError)
     trace: dict[str, object] = {"engine": OURS, "setting": "replayed"}

@@ -12,7 +12,8 @@ from chunkwise.bench.scenarios import OURS, STEERED
 
 Row = dict[str, Any]
 
-_COLUMNS = (
+_Column = tuple[str, str, int]
+_COLUMNS: tuple[_Column, ...] = (
     ("setting", "setting", 30),
     ("engine", "engine", 18),
     ("weights", "weights", 9),
@@ -24,6 +25,17 @@ _COLUMNS = (
     ("mean_rank", "rank", 7),
     ("peak_rss_mb", "RSS MB", 8),
     ("others_cpu", "others", 8),
+)
+# Of streams that come and go there is no step time; what the slowest of them saw is the point.
+_TRACE_COLUMNS: tuple[_Column, ...] = (
+    *_COLUMNS[:3],
+    ("ttft_ms", "first ms", 10),
+    ("ttft_p90_ms", "90 %", 9),
+    ("ttft_p99_ms", "99 %", 9),
+    ("gap_ms", "gap ms", 9),
+    ("gap_p90_ms", "90 %", 9),
+    ("gap_p99_ms", "99 %", 9),
+    *_COLUMNS[7:],
 )
 
 
@@ -125,10 +137,11 @@ def check_targets(scenario: str, rows: Sequence[Row], ours: str) -> list[Row]:
 
 
 def table(name: str, rows: Sequence[Row]) -> str:
-    """Rows as text, with the figures that all scenarios share."""
-    lines = [f"\n{name}", "".join(f"{title:<{width}}" for _, title, width in _COLUMNS)]
+    """Rows as text, with the figures that most scenarios share; those of the trace with percentiles."""
+    columns = _TRACE_COLUMNS if name == "trace" else _COLUMNS
+    lines = [f"\n{name}", "".join(f"{title:<{width}}" for _, title, width in columns)]
     for row in rows:
-        lines.append("".join(f"{row.get(key, ''):<{width}}" for key, _, width in _COLUMNS).rstrip())
+        lines.append("".join(f"{row.get(key, ''):<{width}}" for key, _, width in columns).rstrip())
     return "\n".join(lines)
 
 
