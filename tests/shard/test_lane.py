@@ -11,7 +11,7 @@ import pytest
 from chunkwise.core import GenerationFailed
 from chunkwise.model.parallel import SingleProcess
 from chunkwise.pb import generate_pb2 as pb
-from chunkwise.shard.lane import Lane, call_key
+from chunkwise.shard.lane import Lane, ShuttingDown, call_key
 
 
 class Rank(SingleProcess):
@@ -71,6 +71,17 @@ async def test_errors_reach_the_caller_and_a_caller_that_leaves_does_not_stop_th
         await asyncio.wait_for(lane.run(2, slow), 0.01)
     await lane.run(3, lambda: None)
     assert done == [1]
+
+
+async def test_a_lane_that_is_closed_ends_what_it_has_and_takes_nothing_new() -> None:
+    lane = Lane(SingleProcess())
+    running = lane.submit(1, lambda: time.sleep(0.02))
+    waiting = lane.submit(2, lambda: 2)
+    lane.close()
+    with pytest.raises(ShuttingDown):
+        await lane.run(3, lambda: 3)
+    await running
+    assert await waiting == 2
 
 
 def test_keys_tell_calls_apart() -> None:

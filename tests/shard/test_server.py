@@ -22,9 +22,10 @@ from serving import Driver, request
 
 
 class Client:
-    """Both stubs on one channel."""
+    """Both stubs on one channel, and the lane behind it."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, lane: Lane) -> None:
+        self.lane = lane
         self.generate = pb_grpc.TextGenerationServiceStub(channel)
         self.steering = steer_grpc.SteeringServiceStub(channel)
 
@@ -33,12 +34,13 @@ class Client:
 async def client(tiny: TinyWorld, tmp_path: Path) -> AsyncIterator[Client]:
     driver = Driver(tiny.model, tiny.adapters)
     url = f"unix:{tmp_path}/shard-0"
-    server = build_server(driver.engine, driver.decisions, Lane(driver.engine.group), (f"unix://{tmp_path}/shard-0",))
+    lane = Lane(driver.engine.group)
+    server = build_server(driver.engine, driver.decisions, lane, (f"unix://{tmp_path}/shard-0",))
     server.add_insecure_port(url)
     await server.start()
     async with grpc.aio.insecure_channel(url) as channel:
-        yield Client(channel)
-        state = (await Client(channel).generate.Health(pb.HealthRequest())).shard_state
+        yield Client(channel, lane)
+        state = (await Client(channel, lane).generate.Health(pb.HealthRequest())).shard_state
         assert (state.sequences, state.steered_requests) == (0, 0)
         assert all(pages.used == 0 for pages in state.kv_pages)
     await server.stop(None)
@@ -200,3 +202,17 @@ async def test_a_stream_that_is_broken_off_harms_no_other_call(client: Client) -
     outcome = await stream.read()
     assert isinstance(outcome, steer_pb.DecodeOutcome)
     assert outcome.response.generations[0].HasField("generated_text")
+
+
+async def test_a_shard_that_shuts_down_ends_a_stream_in_use(client: Client) -> None:
+    batch = (await client.generate.Prefill(_prefill(0, 0, new=2))).batch
+    stream = client.steering.Decode()
+    await stream.write(pb.DecodeRequest(batches=[batch]))
+    assert isinstance(await stream.read(), steer_pb.DecodeOutcome)
+    client.lane.close()
+    await stream.write(pb.DecodeRequest(batches=[batch], may_have_ended=True))
+    with pytest.raises(grpc.aio.AioRpcError, match="the shard is shutting down") as failed:
+        await stream.read()
+    assert failed.value.code() is grpc.StatusCode.UNAVAILABLE
+    with pytest.raises(grpc.aio.AioRpcError, match="the shard is shutting down"):
+        await client.generate.ClearCache(pb.ClearCacheRequest())

@@ -30,6 +30,10 @@ def call_key(method: str, request: Message) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
+class ShuttingDown(GenerationFailed):
+    """The shard takes no calls any more."""
+
+
 class _Call:
     """A call that waits for its turn, made on an event loop's thread."""
 
@@ -75,6 +79,7 @@ class Lane:
         self._timeout = timeout_seconds
         self._arrived = threading.Condition()
         self._waiting: deque[_Call] = deque()
+        self._closed = False
         self._ended: SimpleQueue[_Call] = SimpleQueue()
         threading.Thread(target=self._work, name="engine", daemon=True).start()
         threading.Thread(target=self._announce, name="announcer", daemon=True).start()
@@ -84,17 +89,25 @@ class Lane:
         it too.
 
         Raises:
+            ShuttingDown: the lane has been closed.
             GenerationFailed: rank 0 ran a call that never reached this rank.
         """
         return await asyncio.shield(self.submit(key, act))
 
     def submit(self, key: int, act: Callable[[], R]) -> asyncio.Future[R]:
-        """`run` without waiting: calls get their turns in the order in which they are submitted."""
+        """`run` without waiting: calls get their turns in the order in which they are submitted. Raises ShuttingDown
+        after `close`."""
+        if self._closed:
+            raise ShuttingDown("the shard is shutting down")
         call = _Call(key, act)
         with self._arrived:
             self._waiting.append(call)
             self._arrived.notify_all()
         return call.outcome
+
+    def close(self) -> None:
+        """Refuses calls from now on; those that wait have their turns."""
+        self._closed = True
 
     def key(self, method: str, request: Message) -> int:
         """A call's name among the ranks; a rank that is alone needs none."""

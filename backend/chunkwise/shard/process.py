@@ -151,6 +151,8 @@ async def serve(settings: ShardSettings) -> None:
     await server.start()
     logger.info("shard %d listens on %s", rank, url)
     await stopped.wait()
+    # A stream of steps would go on through the time of grace.
+    lane.close()
     await server.stop(_GRACE_SECONDS)
     if url.startswith(_UNIX):
         Path(url.removeprefix(_UNIX)).unlink(missing_ok=True)

@@ -24,7 +24,7 @@ from chunkwise.pb import steering_pb2 as steer_pb
 from chunkwise.pb import steering_pb2_grpc as steer_grpc
 from chunkwise.shard.decisions import DecisionTable, SteeringSession
 from chunkwise.shard.engine import Engine
-from chunkwise.shard.lane import Lane
+from chunkwise.shard.lane import Lane, ShuttingDown
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 _STATUS: dict[type[Exception], grpc.StatusCode] = {
     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
     SteeringViolation: grpc.StatusCode.FAILED_PRECONDITION,
+    ShuttingDown: grpc.StatusCode.UNAVAILABLE,
 }
 
 
@@ -129,15 +130,21 @@ class SteeringService(steer_grpc.SteeringServiceServicer):
         try:
             while (step := await steps.get()) is not None:
                 yield await self._outcome(step)
+            await reading
+        except ShuttingDown as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         finally:
             reading.cancel()
 
     async def _queue_steps(
         self, requests: AsyncIterator[pb.DecodeRequest], steps: asyncio.Queue[asyncio.Future[_Step] | None]
     ) -> None:
-        async for request in requests:
-            steps.put_nowait(self._lane.submit(self._lane.key("Decode", request), _decoding(self._engine, request)))
-        steps.put_nowait(None)
+        try:
+            async for request in requests:
+                key = self._lane.key("Decode", request)
+                steps.put_nowait(self._lane.submit(key, _decoding(self._engine, request)))
+        finally:
+            steps.put_nowait(None)
 
     async def _outcome(self, step: asyncio.Future[_Step]) -> steer_pb.DecodeOutcome:
         try:
