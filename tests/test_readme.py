@@ -13,6 +13,7 @@ from chunkwise.config.policy import SteeringPolicy, parse_policy
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+BENCH_ROUTER = {"--step-ms", "--steps", "--streams"}
 BENCH_KV = {"--batch", "--context", "--depths", "--hay", "--policies", "--rivals"}
 
 
@@ -31,7 +32,16 @@ def test_flags_are_known() -> None:
     parser = build_parser({})
     for action in parser._subparsers._group_actions[0].choices.values():  # type: ignore[union-attr, attr-defined]
         known |= set(action._option_string_actions)
-    elsewhere = {"--uds-path", "--plain-shards", "--socket", "--adapter", "--prompts", "--strict", *BENCH_KV}
+    elsewhere = {
+        "--uds-path",
+        "--plain-shards",
+        "--socket",
+        "--adapter",
+        "--prompts",
+        "--strict",
+        *BENCH_KV,
+        *BENCH_ROUTER,
+    }
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known | elsewhere
 
 
