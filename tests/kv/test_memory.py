@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,26 +33,33 @@ def _filled(cache: KvCache, pages: int) -> list[PageRef]:
     return refs
 
 
-@pytest.mark.skipif(not STATM.exists(), reason="reads /proc")
-@pytest.mark.parametrize("how", ["int8", "int4", "drop"])
-def test_resident_memory_follows_the_allocator(how: str) -> None:
+def _changes(how: str) -> list[tuple[int, int]]:
+    """Bytes that the process grew by, and bytes that the allocator says are held more: after pages were filled; given
+    back when they were rewritten; given back when they were released."""
     cache = KvCache(SHAPE, torch.float32, CPU, PAGES * SHAPE.page_bytes(torch.float32)[KvFormat.FULL])
     refs = _filled(cache, 20)
     cache.compress(refs, KvFormat.INT8)  # what torch needs at first use counts for nobody
     empty, held_before = _resident(), cache.allocator.bytes_held
     refs = _filled(cache, PAGES - 20)
     full, held_full = _resident(), cache.allocator.bytes_held
-    assert abs((full - empty) - (held_full - held_before)) < 0.1 * (held_full - held_before)
+    changes = [(full - empty, held_full - held_before)]
     if how == "drop":
         runs = (refs[start : start + 40] for start in range(0, len(refs), 40))
         refs = [ref for run in runs for ref in cache.pack(run, KvFormat.FULL, 10, KvScorer.KEY_NORM) or []]
     else:
         refs = cache.compress(refs, KvFormat[how.upper()])
-    freed = held_full - cache.allocator.bytes_held
-    assert abs((full - _resident()) - freed) < 0.1 * freed
+    changes.append((full - _resident(), held_full - cache.allocator.bytes_held))
     cache.release(refs)
-    freed = held_full - cache.allocator.bytes_held
-    assert abs((full - _resident()) - freed) < 0.1 * freed
+    return [*changes, (full - _resident(), held_full - cache.allocator.bytes_held)]
+
+
+@pytest.mark.skipif(not STATM.exists(), reason="reads /proc")
+@pytest.mark.parametrize("how", ["int8", "int4", "drop"])
+def test_resident_memory_follows_the_allocator(how: str) -> None:
+    """In a process of its own: what other tests left on this one's heap comes and goes when it likes."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        for resident, held in process.submit(_changes, how).result(timeout=300):
+            assert held > 0 and abs(resident - held) < 0.1 * held
 
 
 def test_a_page_that_was_given_back_reads_as_zeros_and_its_neighbours_stay() -> None:
