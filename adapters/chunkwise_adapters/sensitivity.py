@@ -20,7 +20,7 @@ from chunkwise_adapters.whitening import Calibration
 class Sensitivity:
     """``fisher`` holds, per module, ``E_t[(∂L/∂z_i(t))²]`` [R] in fp64 for the R ranks of its plain ladder, where z_i
     gates rank i of token t, ``y_t += Σ_i z_i(t) b_i (a_i · x_t)``: the diagonal of the empirical Fisher information of
-    the gates (LeCun et al., 1989; Molchanov et al., 2019, equation 8), as a mean over the calibration tokens.
+    the gates (LeCun et al., 1989; Molchanov et al., 2019), as a mean over the calibration tokens.
     ``adapter_hash`` is the content hash of the adapter.
     """
 

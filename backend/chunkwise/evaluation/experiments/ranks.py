@@ -24,7 +24,7 @@ _QUICK_RUNGS = (0.25, 1, 4)
 _DECODE_WINDOW, _DECODE_CONTEXT = 192, 32
 _POLICY_NOTE = (
     "Ranks are means over all computed positions, prompts included, as executed: modules weighted by their size. A "
-    "policy is compared with the fixed rung of the same mean rank whose ranks keep the most energy for their cost."
+    "policy is compared with a fixed rung of the ladder that is served, with global ranks, of the same mean rank."
 )
 
 
