@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 
 from chunkwise.model.kernels.compile import entry
 from chunkwise.model.kernels.tiles import (
+    FLOAT_WEIGHT_ROWS,
+    INT_WEIGHT_ROWS,
     ROWS,
     STRIP,
-    WEIGHT_ROWS,
     atomic_add,
     atomic_load,
     dot_tile,
@@ -34,16 +35,17 @@ Floats = NDArray[np.float32]
 
 GUARD = np.float32(-12345.0)
 SIZES = sorted({1, 2, LANES - 1, LANES, LANES + 1, 2 * LANES, 2 * LANES + 1, 40, 101, 576, 1541})
-TILES = list(product((1, WEIGHT_ROWS), range(1, ROWS + 1)))
+TILES = list(product((1, FLOAT_WEIGHT_ROWS), range(1, ROWS + 1)))
+INT_TILES = list(product((1, INT_WEIGHT_ROWS), range(1, ROWS + 1)))
 
 _dot_1_1, _dot_1_2, _dot_1_3, _dot_1_4 = (dot_tile(1, rows) for rows in range(1, 5))
-_dot_n_1, _dot_n_2, _dot_n_3, _dot_n_4 = (dot_tile(WEIGHT_ROWS, rows) for rows in range(1, 5))
+_dot_n_1, _dot_n_2, _dot_n_3, _dot_n_4 = (dot_tile(FLOAT_WEIGHT_ROWS, rows) for rows in range(1, 5))
 _half_1_1, _half_1_2, _half_1_3, _half_1_4 = (dot_tile(1, rows, bfloat16=True) for rows in range(1, 5))
-_half_n_1, _half_n_2, _half_n_3, _half_n_4 = (dot_tile(WEIGHT_ROWS, rows, bfloat16=True) for rows in range(1, 5))
+_half_n_1, _half_n_2, _half_n_3, _half_n_4 = (dot_tile(FLOAT_WEIGHT_ROWS, rows, bfloat16=True) for rows in range(1, 5))
 _int8_1_1, _int8_1_2, _int8_1_3, _int8_1_4 = (dot_tile_int8(1, rows) for rows in range(1, 5))
-_int8_n_1, _int8_n_2, _int8_n_3, _int8_n_4 = (dot_tile_int8(WEIGHT_ROWS, rows) for rows in range(1, 5))
+_int8_n_1, _int8_n_2, _int8_n_3, _int8_n_4 = (dot_tile_int8(INT_WEIGHT_ROWS, rows) for rows in range(1, 5))
 _int4_1_1, _int4_1_2, _int4_1_3, _int4_1_4 = (dot_tile_int4(1, rows) for rows in range(1, 5))
-_int4_n_1, _int4_n_2, _int4_n_3, _int4_n_4 = (dot_tile_int4(WEIGHT_ROWS, rows) for rows in range(1, 5))
+_int4_n_1, _int4_n_2, _int4_n_3, _int4_n_4 = (dot_tile_int4(INT_WEIGHT_ROWS, rows) for rows in range(1, 5))
 _wide_1, _wide_2, _wide_3, _wide_4 = (expand_tile(4, rows) for rows in range(1, 5))
 _narrow_1, _narrow_2, _narrow_3, _narrow_4 = (expand_tile(1, rows) for rows in range(1, 5))
 _rest_1, _rest_2, _rest_3, _rest_4 = (expand_tile(0, rows) for rows in range(1, 5))
@@ -53,84 +55,84 @@ _rest_1, _rest_2, _rest_3, _rest_4 = (expand_tile(0, rows) for rows in range(1, 
 def run_dot(weight_rows, rows, w, ldw, x, ldx, k, y, ldy):
     if weight_rows == 1:
         if rows == 1:
-            _dot_1_1(w, ldw, x, ldx, k, y, ldy)
+            _dot_1_1(w, ldw, x, ldx, k, y, ldy, ldw)
         elif rows == 2:
-            _dot_1_2(w, ldw, x, ldx, k, y, ldy)
+            _dot_1_2(w, ldw, x, ldx, k, y, ldy, ldw)
         elif rows == 3:
-            _dot_1_3(w, ldw, x, ldx, k, y, ldy)
+            _dot_1_3(w, ldw, x, ldx, k, y, ldy, ldw)
         else:
-            _dot_1_4(w, ldw, x, ldx, k, y, ldy)
+            _dot_1_4(w, ldw, x, ldx, k, y, ldy, ldw)
     elif rows == 1:
-        _dot_n_1(w, ldw, x, ldx, k, y, ldy)
+        _dot_n_1(w, ldw, x, ldx, k, y, ldy, ldw)
     elif rows == 2:
-        _dot_n_2(w, ldw, x, ldx, k, y, ldy)
+        _dot_n_2(w, ldw, x, ldx, k, y, ldy, ldw)
     elif rows == 3:
-        _dot_n_3(w, ldw, x, ldx, k, y, ldy)
+        _dot_n_3(w, ldw, x, ldx, k, y, ldy, ldw)
     else:
-        _dot_n_4(w, ldw, x, ldx, k, y, ldy)
+        _dot_n_4(w, ldw, x, ldx, k, y, ldy, ldw)
 
 
 @entry
 def run_dot_bfloat16(weight_rows, rows, w, ldw, x, ldx, k, y, ldy):
     if weight_rows == 1:
         if rows == 1:
-            _half_1_1(w, ldw, x, ldx, k, y, ldy)
+            _half_1_1(w, ldw, x, ldx, k, y, ldy, ldw)
         elif rows == 2:
-            _half_1_2(w, ldw, x, ldx, k, y, ldy)
+            _half_1_2(w, ldw, x, ldx, k, y, ldy, ldw)
         elif rows == 3:
-            _half_1_3(w, ldw, x, ldx, k, y, ldy)
+            _half_1_3(w, ldw, x, ldx, k, y, ldy, ldw)
         else:
-            _half_1_4(w, ldw, x, ldx, k, y, ldy)
+            _half_1_4(w, ldw, x, ldx, k, y, ldy, ldw)
     elif rows == 1:
-        _half_n_1(w, ldw, x, ldx, k, y, ldy)
+        _half_n_1(w, ldw, x, ldx, k, y, ldy, ldw)
     elif rows == 2:
-        _half_n_2(w, ldw, x, ldx, k, y, ldy)
+        _half_n_2(w, ldw, x, ldx, k, y, ldy, ldw)
     elif rows == 3:
-        _half_n_3(w, ldw, x, ldx, k, y, ldy)
+        _half_n_3(w, ldw, x, ldx, k, y, ldy, ldw)
     else:
-        _half_n_4(w, ldw, x, ldx, k, y, ldy)
+        _half_n_4(w, ldw, x, ldx, k, y, ldy, ldw)
 
 
 @entry
 def run_dot_int8(weight_rows, rows, w, ldw, x, ldx, k, y, ldy, ws, xs):
     if weight_rows == 1:
         if rows == 1:
-            _int8_1_1(w, ldw, x, ldx, k, y, ldy, ws, xs)
+            _int8_1_1(w, ldw, x, ldx, k, y, ldy, ws, xs, ldw)
         elif rows == 2:
-            _int8_1_2(w, ldw, x, ldx, k, y, ldy, ws, xs)
+            _int8_1_2(w, ldw, x, ldx, k, y, ldy, ws, xs, ldw)
         elif rows == 3:
-            _int8_1_3(w, ldw, x, ldx, k, y, ldy, ws, xs)
+            _int8_1_3(w, ldw, x, ldx, k, y, ldy, ws, xs, ldw)
         else:
-            _int8_1_4(w, ldw, x, ldx, k, y, ldy, ws, xs)
+            _int8_1_4(w, ldw, x, ldx, k, y, ldy, ws, xs, ldw)
     elif rows == 1:
-        _int8_n_1(w, ldw, x, ldx, k, y, ldy, ws, xs)
+        _int8_n_1(w, ldw, x, ldx, k, y, ldy, ws, xs, ldw)
     elif rows == 2:
-        _int8_n_2(w, ldw, x, ldx, k, y, ldy, ws, xs)
+        _int8_n_2(w, ldw, x, ldx, k, y, ldy, ws, xs, ldw)
     elif rows == 3:
-        _int8_n_3(w, ldw, x, ldx, k, y, ldy, ws, xs)
+        _int8_n_3(w, ldw, x, ldx, k, y, ldy, ws, xs, ldw)
     else:
-        _int8_n_4(w, ldw, x, ldx, k, y, ldy, ws, xs)
+        _int8_n_4(w, ldw, x, ldx, k, y, ldy, ws, xs, ldw)
 
 
 @entry
 def run_dot_int4(weight_rows, rows, w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups):
     if weight_rows == 1:
         if rows == 1:
-            _int4_1_1(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
+            _int4_1_1(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups, ldw)
         elif rows == 2:
-            _int4_1_2(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
+            _int4_1_2(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups, ldw)
         elif rows == 3:
-            _int4_1_3(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
+            _int4_1_3(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups, ldw)
         else:
-            _int4_1_4(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
+            _int4_1_4(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups, ldw)
     elif rows == 1:
-        _int4_n_1(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
+        _int4_n_1(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups, ldw)
     elif rows == 2:
-        _int4_n_2(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
+        _int4_n_2(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups, ldw)
     elif rows == 3:
-        _int4_n_3(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
+        _int4_n_3(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups, ldw)
     else:
-        _int4_n_4(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups)
+        _int4_n_4(w, ldw, x, ldx, k, y, ldy, ws, wm, xs, sums, groups, ldw)
 
 
 @entry
@@ -196,7 +198,7 @@ def dot(weight_rows: int, rows: int, w: Floats | NDArray[np.uint16], x: Floats, 
 
 @pytest.mark.parametrize("k", SIZES)
 def test_dot_equals_fp64(k: int) -> None:
-    w, x = padded(WEIGHT_ROWS, k, 1), padded(ROWS, k, 2)
+    w, x = padded(FLOAT_WEIGHT_ROWS, k, 1), padded(ROWS, k, 2)
     exact = x[:, :k].astype(np.float64) @ w[:, :k].T.astype(np.float64)
     size = np.abs(x[:, :k]) @ np.abs(w[:, :k]).T
     for weight_rows, rows in TILES:
@@ -206,23 +208,23 @@ def test_dot_equals_fp64(k: int) -> None:
 
 @pytest.mark.parametrize("k", SIZES)
 def test_a_dot_has_the_same_bits_in_every_tile_and_at_every_address(k: int) -> None:
-    w, x = padded(WEIGHT_ROWS, k, 3), padded(ROWS, k, 4)
-    alone = np.array([[dot(1, 1, w[n:], x[t:], k)[0, 0] for n in range(WEIGHT_ROWS)] for t in range(ROWS)])
+    w, x = padded(FLOAT_WEIGHT_ROWS, k, 3), padded(ROWS, k, 4)
+    alone = np.array([[dot(1, 1, w[n:], x[t:], k)[0, 0] for n in range(FLOAT_WEIGHT_ROWS)] for t in range(ROWS)])
     for weight_rows, rows in TILES:
         assert np.array_equal(dot(weight_rows, rows, w, x, k), alone[:rows, :weight_rows]), (weight_rows, rows)
-    wider_w, wider_x = padded(WEIGHT_ROWS, k + 5, 3), padded(ROWS, k + 5, 4)
+    wider_w, wider_x = padded(FLOAT_WEIGHT_ROWS, k + 5, 3), padded(ROWS, k + 5, 4)
     wider_w[:, :k], wider_x[:, :k] = w[:, :k], x[:, :k]
-    assert np.array_equal(dot(WEIGHT_ROWS, ROWS, wider_w, wider_x, k), alone)
+    assert np.array_equal(dot(FLOAT_WEIGHT_ROWS, ROWS, wider_w, wider_x, k), alone)
 
 
 @pytest.mark.parametrize("k", SIZES)
 def test_a_bfloat16_dot_has_the_bits_of_the_same_numbers_in_fp32(k: int) -> None:
-    bits = np.random.default_rng(k).integers(0, 2**16, (WEIGHT_ROWS, k + 3)).astype(np.uint16)
+    bits = np.random.default_rng(k).integers(0, 2**16, (FLOAT_WEIGHT_ROWS, k + 3)).astype(np.uint16)
     # All numbers below 2^16, of both signs, tiny ones among them; what lies beyond k is NaN.
     bits[:, :k] &= 0xC7FF
     bits[:, k:] = 0x7FC0
     w, x = (bits.astype(np.uint32) << 16).view(np.float32), padded(ROWS, k, 6)
-    want = dot(WEIGHT_ROWS, ROWS, w, x, k)
+    want = dot(FLOAT_WEIGHT_ROWS, ROWS, w, x, k)
     assert np.isfinite(want).all()
     for weight_rows, rows in TILES:
         assert np.array_equal(dot(weight_rows, rows, bits, x, k), want[:rows, :weight_rows]), (weight_rows, rows)
@@ -257,13 +259,13 @@ def _extremes(k: int, weight_rows: int, rows: int) -> Iterator[tuple[NDArray[np.
 
 @pytest.mark.parametrize("k", [*SIZES, 11008, 53248])
 def test_int8_dot_never_overflows(k: int) -> None:
-    ws = np.array([1.0, 0.5, 3e-3, 0.0], dtype=np.float32)[:WEIGHT_ROWS]
+    ws = np.array([1.0, 0.5, 3e-3, 0.0], dtype=np.float32)[:INT_WEIGHT_ROWS]
     xs = np.array([1.0, 2.0, 7e-5, 1e-3], dtype=np.float32)
-    for w, x in _extremes(k, WEIGHT_ROWS, ROWS):
+    for w, x in _extremes(k, INT_WEIGHT_ROWS, ROWS):
         products = x[:, None, :k].astype(np.int64) * w[None, :, :k]
         scales = xs[:, None].astype(np.float64) * ws
         exact, size = products.sum(-1) * scales, np.abs(products).sum(-1) * scales
-        for weight_rows, rows in TILES:
+        for weight_rows, rows in INT_TILES:
             got = dot_int8(weight_rows, rows, w, x, k, ws, xs)
             assert (np.abs(got - exact[:rows, :weight_rows]) <= 1e-6 * size[:rows, :weight_rows]).all()
 
@@ -271,16 +273,16 @@ def test_int8_dot_never_overflows(k: int) -> None:
 @pytest.mark.parametrize("k", SIZES)
 def test_int8_dot_is_exact_where_fp32_can_hold_it_and_the_same_bits_in_every_tile(k: int) -> None:
     generator = np.random.default_rng(k)
-    w = np.full((WEIGHT_ROWS, k + 3), 127, np.int8)
+    w = np.full((INT_WEIGHT_ROWS, k + 3), 127, np.int8)
     x = np.full((ROWS, k + 3), 32767, np.int16)
-    w[:, :k], x[:, :k] = generator.integers(-127, 128, (WEIGHT_ROWS, k)), generator.integers(-60, 61, (ROWS, k))
+    w[:, :k], x[:, :k] = generator.integers(-127, 128, (INT_WEIGHT_ROWS, k)), generator.integers(-60, 61, (ROWS, k))
     ones = np.ones(ROWS, dtype=np.float32)
     exact = x[:, :k].astype(np.int64) @ w[:, :k].T.astype(np.int64)
     ws, xs = (generator.random(ROWS, dtype=np.float32) for _ in range(2))
     alone = np.array(
-        [[dot_int8(1, 1, w[n:], x[t:], k, ws[n:], xs[t:])[0, 0] for n in range(WEIGHT_ROWS)] for t in range(ROWS)]
+        [[dot_int8(1, 1, w[n:], x[t:], k, ws[n:], xs[t:])[0, 0] for n in range(INT_WEIGHT_ROWS)] for t in range(ROWS)]
     )
-    for weight_rows, rows in TILES:
+    for weight_rows, rows in INT_TILES:
         got = dot_int8(weight_rows, rows, w, x, k, ones, ones)
         assert np.array_equal(got, exact[:rows, :weight_rows].astype(np.float32))
         assert np.array_equal(dot_int8(weight_rows, rows, w, x, k, ws, xs), alone[:rows, :weight_rows])
@@ -314,14 +316,14 @@ def dot_int4(weight_rows: int, rows: int, four: Four, x: NDArray[np.int16], k: i
 def test_int4_dot_equals_fp64_and_has_the_same_bits_in_every_tile(k: int) -> None:
     generator = np.random.default_rng(k)
     groups = -(-k // 32)
-    w = generator.integers(0, 256, (WEIGHT_ROWS, (k + 1) // 2 + 2)).astype(np.uint8)
+    w = generator.integers(0, 256, (INT_WEIGHT_ROWS, (k + 1) // 2 + 2)).astype(np.uint8)
     x = np.full((ROWS, k + 3), 32767, np.int16)
     x[:, :k] = generator.integers(-32767, 32768, (ROWS, k))
     padded_x = np.pad(x[:, :k].astype(np.float64), ((0, 0), (0, 32 * groups - k)))
     four = Four(
         w,
-        generator.standard_normal((WEIGHT_ROWS, groups), dtype=np.float32),
-        generator.standard_normal((WEIGHT_ROWS, groups)).astype(np.float16),
+        generator.standard_normal((INT_WEIGHT_ROWS, groups), dtype=np.float32),
+        generator.standard_normal((INT_WEIGHT_ROWS, groups)).astype(np.float16),
         generator.random(ROWS, dtype=np.float32),
         padded_x.reshape(ROWS, groups, 32).sum(-1).astype(np.float32),
     )
@@ -329,16 +331,16 @@ def test_int4_dot_equals_fp64_and_has_the_same_bits_in_every_tile(k: int) -> Non
     def wide(table: NDArray[Any]) -> NDArray[np.float64]:
         return table.astype(np.float64).repeat(32, axis=1)[:, :k]
 
-    numbers = np.stack((w & 15, w >> 4), axis=-1).reshape(WEIGHT_ROWS, -1)[:, :k].astype(np.float64) - 8
+    numbers = np.stack((w & 15, w >> 4), axis=-1).reshape(INT_WEIGHT_ROWS, -1)[:, :k].astype(np.float64) - 8
     weights = numbers * wide(four.scales) + wide(four.middles)
     exact = x[:, :k].astype(np.float64) @ weights.T * four.x_scales[:, None]
     magnitudes = np.abs(numbers * wide(four.scales)) + np.abs(wide(four.middles))
     size = np.abs(x[:, :k].astype(np.float64)) @ magnitudes.T * four.x_scales[:, None]
     alone = np.array(
-        [[dot_int4(1, 1, four.from_row(n, t), x[t:], k)[0, 0] for n in range(WEIGHT_ROWS)] for t in range(ROWS)]
+        [[dot_int4(1, 1, four.from_row(n, t), x[t:], k)[0, 0] for n in range(INT_WEIGHT_ROWS)] for t in range(ROWS)]
     )
     assert (np.abs(alone - exact) <= 2e-7 * (8 + k / LANES) * size).all()
-    for weight_rows, rows in TILES:
+    for weight_rows, rows in INT_TILES:
         assert np.array_equal(dot_int4(weight_rows, rows, four, x, k), alone[:rows, :weight_rows])
 
 

@@ -42,6 +42,9 @@ STATE = 4
 """Floats in front of a query's result: the maximum score, ``Σ w``, ``Σ w (score - maximum)`` with ``w = e^(score -
 maximum)``, and one unused; the result itself is ``Σ w v``."""
 
+# See `views.NONE`.
+_ZERO, _ONE, _STRETCH = np.int64(0), np.int64(1), np.int64(STRETCH)
+
 
 def tasks_of(tokens: int, context: int, kv_heads: int) -> int:
     """Tasks that a span is divided into."""
@@ -152,7 +155,7 @@ def _attend(m, s, c, layer, sequence, position, tokens, heads, start, records, q
             q = (head - heads[0]) * n
             at = _page(c, m, layer, head, s.pages[first + i], True, page_floats)
             to = scores + 4 * (q * STRETCH + i * c.page_size)
-            multiply_floats(at, 0, count, queries + 4 * q * dim, n, dim, to, STRETCH)
+            multiply_floats(at, _ZERO, count, queries + 4 * q * dim, n, dim, to, _STRETCH)
     for q in range((heads[1] - heads[0]) * n):
         token = q % n // group
         valid = min(max(position + token + 1 - start, 0), keys)
@@ -168,7 +171,7 @@ def _attend(m, s, c, layer, sequence, position, tokens, heads, start, records, q
             q = (head - heads[0]) * n
             at = _page(c, m, layer, head, s.pages[first + i], False, page_floats)
             weights = scores + 4 * (q * STRETCH + i * c.page_size)
-            accumulate(n, weights, STRETCH, at, dim, count, records + q * size + 4 * STATE, STATE + dim, dim)
+            accumulate(n, weights, _STRETCH, at, dim, count, records + q * size + 4 * STATE, STATE + dim, dim)
 
 
 @kernel
@@ -218,10 +221,10 @@ def _single_task(m, b, s, c, layer, sequence, stretch, scratch):
     """One stretch of a span of one token, all heads; `join` puts the stretches together."""
     position = s.contexts[sequence] - 1
     row, dim = s.first_row[sequence], m.head_dim
-    _gather_queries(m, b, row, 1, 0, m.kv_heads, scratch)
+    _gather_queries(m, b, row, _ONE, _ZERO, m.kv_heads, scratch)
     records = b.records + 4 * (s.first_record[sequence] + stretch) * m.heads * (STATE + dim)
     scores = scratch + 4 * m.heads * dim
-    _attend(m, s, c, layer, sequence, position, 1, (0, m.kv_heads), stretch * STRETCH, records, scratch, scores)
+    _attend(m, s, c, layer, sequence, position, _ONE, (_ZERO, m.kv_heads), stretch * STRETCH, records, scratch, scores)
 
 
 @kernel
@@ -253,4 +256,4 @@ def join(m, b, s, layer, sequence):
     for stretch in range(1, s.first_record[sequence + 1] - s.first_record[sequence]):
         for head in range(m.heads):
             _merge(records + head * size, records + (stretch * m.heads + head) * size, dim)
-    _finish(m, b, s, layer, sequence, s.first_row[sequence], 1, 0, m.kv_heads, s.contexts[sequence], records)
+    _finish(m, b, s, layer, sequence, s.first_row[sequence], _ONE, _ZERO, m.kv_heads, s.contexts[sequence], records)

@@ -19,7 +19,7 @@ from chunkwise.model.kernels.product import multiply
 from chunkwise.model.kernels.team import meet
 from chunkwise.model.kernels.tiles import as_pointer, silu_multiply
 from chunkwise.model.kernels.vector import LANES
-from chunkwise.model.kernels.views import DOWN, FULL_PAGE, GATE_UP, INT4, INT8, KEYS, OUTPUT, QKV, VALUES
+from chunkwise.model.kernels.views import DOWN, FULL_PAGE, GATE_UP, INT4, INT8, KEYS, NONE, OUTPUT, QKV, VALUES
 
 _COLUMNS = 16
 
@@ -197,5 +197,6 @@ def head(m, b, x, rows, logits, me, team):
     meet(b.sync, team)
     begin, end = _part(m.vocab, me, team)
     kind, inputs = m.head_kind, b.shorts if m.head_kind >= INT8 else b.inputs
-    multiply(kind, m.head, m.head_scales, 0, begin, end, inputs, b.row_scales, 0, rows, m.hidden, logits, m.vocab)
+    scales, middles, sums = m.head_scales, NONE, NONE
+    multiply(kind, m.head, scales, middles, begin, end, inputs, b.row_scales, sums, rows, m.hidden, logits, m.vocab)
     meet(b.sync, team)

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import numba
+
+from chunkwise.model.kernels.library import link
 
 _FOLDER = Path(__file__).parent
 
@@ -40,4 +43,11 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 def entry(function: Callable[..., Any]) -> Any:
     """A kernel that Python calls; compiled at the first call."""
-    return numba.njit(**_OPTIONS, no_cfunc_wrapper=True)(function)
+    compiled = numba.njit(**_OPTIONS, no_cfunc_wrapper=True)(function)
+
+    @wraps(function)
+    def call(*args: Any) -> Any:
+        link()
+        return compiled(*args)
+
+    return call

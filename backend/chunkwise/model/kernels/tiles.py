@@ -14,8 +14,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
+from chunkwise.model.kernels.library import offer
 from chunkwise.model.kernels.vector import (
     BYTES,
     F32,
@@ -30,6 +32,7 @@ from chunkwise.model.kernels.vector import (
     QUARTERS,
     SHORTS,
     WIDE,
+    Mask,
     call,
     exp,
     fma,
@@ -57,22 +60,35 @@ Kernel = Callable[..., Any]
 
 ROWS = 4
 """x rows of the widest tile."""
-WEIGHT_ROWS = 4 if WIDE else 2
-"""Weight rows of the widest tile: 4 x 4 sums fit 32 registers, 2 x 4 fit 16."""
+FLOAT_WEIGHT_ROWS, FLOAT_ROWS = (4, 4) if WIDE else (4, 3)
+"""Weight rows and x rows of the widest tile of floats: 4 x 4 sums fit 32 registers; 4 x 3 and four operands fill 16."""
+INT_WEIGHT_ROWS = 4 if WIDE else 2
+"""Weight rows of the widest tile of integers, whose products need a register more, times `ROWS`."""
+CACHE_LINE = 64
+"""Bytes that are read from memory together."""
 STRIP = 4 * LANES
 """Columns that `expand_tile` makes at a time."""
 
 
-def tile(name: str, arguments: int, body: Body, result: Any = types.void) -> Kernel:
+_LLVM = {types.void: ir.VoidType(), types.int64: I64, types.float32: F32, types.voidptr: I8.as_pointer()}
+
+
+def tile(name: str, arguments: int, body: Body, result: Any = types.void, shared: bool = True) -> Kernel:
     """A numba function of ``arguments`` int64 whose code ``body`` writes.
 
-    It becomes one LLVM function, never built into its callers: they are many, and compiling would take minutes.
+    It becomes one LLVM function, never built into its callers: they are many, and compiling would take minutes. It
+    lies in the library of all tiles, or, not ``shared``, beside its caller, where LLVM sees what it does.
     """
+    symbol, llvm = f"chunkwise_{name}", ir.FunctionType(_LLVM[result], [I64] * arguments)
 
     def kernel(typing_context: Any, *args: Any) -> Any:
         def generate(context: Any, b: ir.IRBuilder, signature: Any, values: list[ir.Value]) -> ir.Value:
-            made = ir.VoidType() if result is types.void else context.get_value_type(result)
-            value = b.call(_define(b.module, f"chunkwise_{name}", made, values, body), values)
+            if shared:
+                function = cgutils.get_or_insert_function(b.module, llvm, symbol)
+            else:
+                function = b.module.globals.get(symbol) or _define(b.module, symbol, llvm, body)
+                function.linkage = "linkonce_odr"
+            value = b.call(function, values)
             return context.get_dummy_value() if result is types.void else value
 
         return result(*[types.int64] * arguments), generate
@@ -80,15 +96,14 @@ def tile(name: str, arguments: int, body: Body, result: Any = types.void) -> Ker
     # numba counts the parameters that the signature names.
     parameters = [Parameter(f"a{i}", Parameter.POSITIONAL_OR_KEYWORD) for i in range(arguments + 1)]
     kernel.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    if shared:
+        offer(symbol, lambda module: _define(module, symbol, llvm, body))
     made: Kernel = intrinsic(kernel)
     return made
 
 
-def _define(module: ir.Module, name: str, result: ir.Type, values: list[ir.Value], body: Body) -> ir.Function:
-    if name in module.globals:
-        return module.globals[name]
-    function = ir.Function(module, ir.FunctionType(result, [value.type for value in values]), name)
-    function.linkage = "linkonce_odr"
+def _define(module: ir.Module, symbol: str, llvm: ir.FunctionType, body: Body) -> ir.Function:
+    function = ir.Function(module, llvm, symbol)
     function.attributes.add("noinline")
     b = ir.IRBuilder(function.append_basic_block())
     value = body(b, list(function.args))
@@ -107,20 +122,32 @@ def along(
     length: ir.Value,
     step: int,
     start: list[ir.Value],
-    body: Callable[[ir.Value, list[ir.Value], ir.Value | None], list[ir.Value]],
+    body: Callable[[ir.Value, list[ir.Value], Mask | None], list[ir.Value]],
+    stretch: int = 1,
+    ahead: Callable[[ir.Value], None] | None = None,
 ) -> list[ir.Value]:
-    """Runs ``body(offset, sums, mask)`` over ``length`` elements, ``step`` at a time, the rest with a mask."""
+    """Runs ``body(offset, sums, mask)`` over ``length`` elements, ``step`` at a time, the rest with a mask.
+
+    Whole steps are taken ``stretch`` at a time, as long as there are so many, each time behind ``ahead(offset)``.
+    """
     whole = b.and_(length, I64(-step))
-    for end, masked in ((whole, False), (length, True)):
+    rounds = [(whole, 1, False), (length, 1, True)]
+    if stretch > 1:
+        rounds.insert(0, (b.and_(length, I64(-step * stretch)), stretch, False))
+    first: ir.Value = I64(0)
+    for end, steps, masked in rounds:
         before, loop, after = b.block, b.append_basic_block("along"), b.append_basic_block("done")
-        first = whole if masked else I64(0)
         b.cbranch(b.icmp_signed("<", first, end), loop, after)
         b.position_at_end(loop)
         offset = b.phi(I64)
         sums = [b.phi(value.type) for value in start]
         mask = mask_below(b, b.sub(length, offset), step) if masked else None
-        new = body(offset, sums, mask)
-        following = b.add(offset, I64(step))
+        if ahead is not None and steps == stretch and not masked:
+            ahead(offset)
+        new: list[ir.Value] = sums
+        for i in range(steps):
+            new = body(b.add(offset, I64(i * step)), new, mask)
+        following = b.add(offset, I64(steps * step))
         last = b.block
         b.cbranch(b.icmp_signed("<", following, end), loop, after)
         for phi, initial, value in ((offset, first, following), *zip(sums, start, new, strict=True)):
@@ -133,12 +160,26 @@ def along(
             result.add_incoming(initial, before)
             result.add_incoming(value, last)
             results.append(result)
-        start = results
+        start, first = results, end
     return start
 
 
 def _rows(b: ir.IRBuilder, base: ir.Value, stride: ir.Value, count: int) -> list[ir.Value]:
     return [b.gep(base, [b.mul(stride, I64(i))]) for i in range(count)]
+
+
+def _look_ahead(
+    b: ir.IRBuilder, rows: list[ir.Value], distance: ir.Value, per_byte: int = 1
+) -> Callable[[ir.Value], None]:
+    """Asks for the cache line of every row ``distance`` numbers behind the one read, of ``per_byte`` to a byte."""
+    shift = I64(per_byte.bit_length() - 1)
+
+    def ask(offset: ir.Value) -> None:
+        at = b.add(b.lshr(offset, shift), b.lshr(distance, shift))
+        for row in rows:
+            prefetch(b, row, at)
+
+    return ask
 
 
 def _store_totals(b: ir.IRBuilder, sums: list[ir.Value], row: ir.Value, scales: list[ir.Value] | None = None) -> None:
@@ -159,68 +200,66 @@ def _store_totals(b: ir.IRBuilder, sums: list[ir.Value], row: ir.Value, scales: 
 
 @cache
 def dot_tile(weight_rows: int, rows: int, bfloat16: bool = False) -> Kernel:
-    """``(w, ldw, x, ldx, k, y, ldy)``: ``y[t, n] = Σ_k w[n, k] x[t, k]`` in fp32 for ``weight_rows`` n and ``rows`` t.
-    With ``bfloat16``, ``w`` is; it widens to fp32 exactly.
+    """``(w, ldw, x, ldx, k, y, ldy, ahead)``: ``y[t, n] = Σ_k w[n, k] x[t, k]`` in fp32 for ``weight_rows`` n and
+    ``rows`` t. With ``bfloat16``, ``w`` is; it widens to fp32 exactly.
 
-    While it reads, it asks for the weights of the next tile: whoever walks down the rows of a matrix reads its memory
-    from front to back.
+    While it reads a weight it asks for the one ``ahead`` numbers behind it, which may be ``weight_rows * ldw``, that of
+    the next tile: whoever walks down the rows of a matrix reads its memory from front to back. 0 asks for nothing new.
     """
 
     def body(b: ir.IRBuilder, args: list[ir.Value]) -> None:
-        w, ldw, x, ldx, k, y, ldy = args
+        w, ldw, x, ldx, k, y, ldy, ahead = args
         ws = _rows(b, pointer(b, w, I16 if bfloat16 else F32), ldw, weight_rows)
         xs = _rows(b, pointer(b, x, F32), ldx, rows)
-        ahead = b.mul(ldw, I64(weight_rows))
 
-        def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+        def step(offset: ir.Value, sums: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
             def read(base: ir.Value, kind: ir.VectorType) -> ir.Value:
                 return load(b, base, offset, kind) if mask is None else load_masked(b, base, offset, kind, mask)
 
             vectors = [read(row, FLOATS) for row in xs]
             new = []
             for i, row in enumerate(ws):
-                if mask is None:
-                    prefetch(b, row, b.add(offset, ahead))
                 weights = widen(b, read(row, HALVES)) if bfloat16 else read(row, FLOATS)
                 new += [fma(b, weights, vector, sums[i * rows + j]) for j, vector in enumerate(vectors)]
             return new
 
-        sums = along(b, k, LANES, [splat(FLOATS, 0.0)] * (weight_rows * rows), step)
+        zeros = [splat(FLOATS, 0.0)] * (weight_rows * rows)
+        stretch = CACHE_LINE // (LANES * (2 if bfloat16 else 4))
+        sums = along(b, k, LANES, zeros, step, stretch, _look_ahead(b, ws, ahead))
         for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
             _store_totals(b, [sums[i * rows + j] for i in range(weight_rows)], row)
 
-    return tile(f"dot_{'bfloat16_' if bfloat16 else ''}{weight_rows}_{rows}", 7, body)
+    return tile(f"dot_{'bfloat16_' if bfloat16 else ''}{weight_rows}_{rows}", 8, body)
 
 
 @cache
 def dot_tile_int8(weight_rows: int, rows: int) -> Kernel:
-    """``(w, ldw, x, ldx, k, y, ldy, w_scale, x_scale)``: ``y[t, n] = w_scale[n] x_scale[t] Σ_k w[n, k] x[t, k]``.
+    """``(w, ldw, x, ldx, k, y, ldy, w_scale, x_scale, ahead)``: as `dot_tile`, ``y[t, n] = w_scale[n] x_scale[t] Σ_k
+    w[n, k] x[t, k]``.
 
     ``w`` is int8, ``x`` int16, the sum exact in int32: 16-bit activations cost no more than 8-bit ones, because the
     CPU multiplies pairs of 16 bits either way. The caller keeps ``|x|`` small enough for k (see `largest_activation`).
     """
 
     def body(b: ir.IRBuilder, args: list[ir.Value]) -> None:
-        w, ldw, x, ldx, k, y, ldy, w_scale, x_row_scale = args
+        w, ldw, x, ldx, k, y, ldy, w_scale, x_row_scale, ahead = args
         ws = _rows(b, pointer(b, w, I8), ldw, weight_rows)
         xs = _rows(b, pointer(b, x, I16), ldx, rows)
-        ahead = b.mul(ldw, I64(weight_rows))
 
-        def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+        def step(offset: ir.Value, sums: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
             def read(base: ir.Value, kind: ir.VectorType) -> ir.Value:
                 return load(b, base, offset, kind) if mask is None else load_masked(b, base, offset, kind, mask)
 
             vectors = [read(row, SHORTS) for row in xs]
             new = []
             for i, row in enumerate(ws):
-                if mask is None:
-                    prefetch(b, row, b.add(offset, ahead))
                 weights = b.sext(read(row, BYTES), SHORTS)
                 products = [multiply_pairs(b, weights, vector) for vector in vectors]
                 new += [b.add(sums[i * rows + j], product) for j, product in enumerate(products)]
             return new
 
-        sums = along(b, k, 2 * LANES, [splat(INTS, 0)] * (weight_rows * rows), step)
+        zeros = [splat(INTS, 0)] * (weight_rows * rows)
+        sums = along(b, k, 2 * LANES, zeros, step, CACHE_LINE // (2 * LANES), _look_ahead(b, ws, ahead))
         w_scales, x_scales = pointer(b, w_scale, F32), pointer(b, x_row_scale, F32)
         for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
             x_scale = b.load(b.gep(x_scales, [I64(j)]))
@@ -228,13 +267,13 @@ def dot_tile_int8(weight_rows: int, rows: int) -> Kernel:
             floats = [b.sitofp(sums[i * rows + j], FLOATS) for i in range(weight_rows)]
             _store_totals(b, floats, row, scales)
 
-    return tile(f"dot_int8_{weight_rows}_{rows}", 9, body)
+    return tile(f"dot_int8_{weight_rows}_{rows}", 10, body)
 
 
 @cache
 def dot_tile_int4(weight_rows: int, rows: int) -> Kernel:
-    """``(w, ldw, x, ldx, k, y, ldy, w_scale, w_middle, x_scale, x_sum, groups)``: as `dot_tile` for weights of 4 bits,
-    ``w_scale[n, g] (w[n, k] - 8) + w_middle[n, g]`` with g = k / 32, see `model.linear.Matrix`.
+    """``(w, ldw, x, ldx, k, y, ldy, w_scale, w_middle, x_scale, x_sum, groups, ahead)``: as `dot_tile` for weights of 4
+    bits, ``w_scale[n, g] (w[n, k] - 8) + w_middle[n, g]`` with g = k / 32, see `model.linear.Matrix`.
 
     Row n of ``w`` begins ``n ⌈ldw / 2⌉`` bytes behind it. ``x`` is int16, each row times ``x_scale[t]``, and ``x_sum[t,
     g]`` are the sums of its groups as floats: what the middles are multiplied with. Rows of all four tables have length
@@ -242,16 +281,15 @@ def dot_tile_int4(weight_rows: int, rows: int) -> Kernel:
     """
 
     def body(b: ir.IRBuilder, args: list[ir.Value]) -> None:
-        w, ldw, x, ldx, k, y, ldy, w_scale, w_middle, x_row_scale, x_sum, groups = args
+        w, ldw, x, ldx, k, y, ldy, w_scale, w_middle, x_row_scale, x_sum, groups, ahead = args
         half = b.lshr(b.add(ldw, I64(1)), I64(1))
         ws = _rows(b, pointer(b, w, I8), half, weight_rows)
         xs = _rows(b, pointer(b, x, I16), ldx, rows)
         group_scales = _rows(b, pointer(b, w_scale, F32), groups, weight_rows)
         group_middles = _rows(b, pointer(b, w_middle, I16), groups, weight_rows)
         group_sums = _rows(b, pointer(b, x_sum, F32), groups, rows)
-        ahead = b.mul(half, I64(weight_rows))
 
-        def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+        def step(offset: ir.Value, sums: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
             at, group = b.lshr(offset, I64(1)), b.lshr(offset, I64(5))
             if mask is None:
                 vectors = [load(b, row, offset, SHORTS) for row in xs]
@@ -260,8 +298,6 @@ def dot_tile_int4(weight_rows: int, rows: int) -> Kernel:
                 pairs = mask_below(b, b.lshr(b.add(b.sub(k, offset), I64(1)), I64(1)), LANES)
             new = []
             for i, (row, scales) in enumerate(zip(ws, group_scales, strict=True)):
-                if mask is None:
-                    prefetch(b, row, b.add(at, ahead))
                 packed = load(b, row, at, QUARTERS) if mask is None else load_masked(b, row, at, QUARTERS, pairs)
                 weights = unpack(b, packed)
                 scale = spread(b, b.load(b.gep(scales, [group])), FLOATS)
@@ -270,7 +306,7 @@ def dot_tile_int4(weight_rows: int, rows: int) -> Kernel:
                     new.append(fma(b, products, scale, sums[i * rows + j]))
             return new
 
-        def middle_step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+        def middle_step(offset: ir.Value, sums: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
             def read(base: ir.Value, kind: ir.VectorType) -> ir.Value:
                 return load(b, base, offset, kind) if mask is None else load_masked(b, base, offset, kind, mask)
 
@@ -282,13 +318,13 @@ def dot_tile_int4(weight_rows: int, rows: int) -> Kernel:
             return new
 
         sums = along(b, groups, LANES, [splat(FLOATS, 0.0)] * (weight_rows * rows), middle_step)
-        sums = along(b, k, 2 * LANES, sums, step)
+        sums = along(b, k, 2 * LANES, sums, step, CACHE_LINE // LANES, _look_ahead(b, ws, ahead, per_byte=2))
         x_scales = pointer(b, x_row_scale, F32)
         for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
             x_scale = b.load(b.gep(x_scales, [I64(j)]))
             _store_totals(b, [sums[i * rows + j] for i in range(weight_rows)], row, [x_scale] * weight_rows)
 
-    return tile(f"dot_int4_{weight_rows}_{rows}", 12, body)
+    return tile(f"dot_int4_{weight_rows}_{rows}", 13, body)
 
 
 def largest_activation(k: int) -> int:
@@ -312,7 +348,7 @@ def expand_tile(vectors: int, rows: int) -> Kernel:
         mask = mask_below(b, columns, LANES) if masked else None
         offsets = [I64(i * LANES) for i in range(vectors)]
 
-        def step(index: ir.Value, sums: list[ir.Value], unused: ir.Value | None) -> list[ir.Value]:
+        def step(index: ir.Value, sums: list[ir.Value], unused: Mask | None) -> list[ir.Value]:
             row = b.gep(matrix, [b.mul(index, ldm)])
             read = [load(b, row, o, FLOATS) if mask is None else load_masked(b, row, o, FLOATS, mask) for o in offsets]
             if vectors == 4:
@@ -341,13 +377,13 @@ def _exp_sum(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     scores = pointer(b, s, F32)
     shifts = spread(b, b.load(pointer(b, shift, F32)), FLOATS)
 
-    def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+    def step(offset: ir.Value, sums: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
         if mask is None:
             value = exp(b, b.fsub(load(b, scores, offset, FLOATS), shifts))
             store(b, value, scores, offset)
         else:
             value = exp(b, b.fsub(load_masked(b, scores, offset, FLOATS, mask), shifts))
-            value = b.select(mask, value, splat(FLOATS, 0.0))
+            value = b.select(mask.lanes, value, splat(FLOATS, 0.0))
             store_masked(b, value, scores, offset, mask)
         return [b.fadd(sums[0], value)]
 
@@ -363,7 +399,7 @@ def _silu_multiply(b: ir.IRBuilder, args: list[ir.Value]) -> None:
     gates, ups, out = (pointer(b, address, F32) for address in (gate, up, y))
     ones = splat(FLOATS, 1.0)
 
-    def step(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+    def step(offset: ir.Value, sums: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
         if mask is None:
             g, u = load(b, gates, offset, FLOATS), load(b, ups, offset, FLOATS)
         else:
@@ -387,7 +423,7 @@ def _atomic_add(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     return b.atomic_rmw("add", pointer(b, where, I64), amount, "acq_rel")
 
 
-atomic_add = tile("atomic_add", 2, _atomic_add, types.int64)
+atomic_add = tile("atomic_add", 2, _atomic_add, types.int64, shared=False)
 """``(where, amount)``: adds to the int64 at ``where``; returns what was there."""
 
 
@@ -395,7 +431,7 @@ def _atomic_load(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     return b.load_atomic(pointer(b, args[0], I64), "acquire", 8)
 
 
-atomic_load = tile("atomic_load", 1, _atomic_load, types.int64)
+atomic_load = tile("atomic_load", 1, _atomic_load, types.int64, shared=False)
 """``(where)``: the int64 at ``where`` and whatever its writer wrote before it."""
 
 
@@ -403,7 +439,7 @@ def _yield(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     return b.sext(call(b, "sched_yield", I32), I64)
 
 
-yield_core = tile("yield_core", 0, _yield, types.int64)
+yield_core = tile("yield_core", 0, _yield, types.int64, shared=False)
 """``()``: lets another thread run on this core."""
 
 
@@ -411,5 +447,5 @@ def _as_pointer(b: ir.IRBuilder, args: list[ir.Value]) -> ir.Value:
     return pointer(b, args[0], I8)
 
 
-as_pointer = tile("as_pointer", 1, _as_pointer, types.voidptr)
+as_pointer = tile("as_pointer", 1, _as_pointer, types.voidptr, shared=False)
 """``(address)``: as what `numba.carray` takes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import llvmlite.binding
 from llvmlite import ir
@@ -68,23 +69,37 @@ def store(b: ir.IRBuilder, value: ir.Value, base: ir.Value, offset: ir.Value) ->
     b.store(value, b.bitcast(b.gep(base, [offset]), value.type.as_pointer())).align = 1
 
 
-def mask_below(b: ir.IRBuilder, count: ir.Value, lanes: int) -> ir.Value:
-    """True in the first ``count`` of ``lanes`` lanes."""
+class Mask(NamedTuple):
+    """The first ``count`` lanes of a vector: ``lanes`` is True there."""
+
+    lanes: ir.Value
+    count: ir.Value
+
+
+def mask_below(b: ir.IRBuilder, count: ir.Value, lanes: int) -> Mask:
+    """The first ``count`` of ``lanes`` lanes; fewer than all."""
     kind = ir.VectorType(I32, lanes)
-    return b.icmp_signed("<", ir.Constant(kind, list(range(lanes))), spread(b, b.trunc(count, I32), kind))
+    below = b.icmp_signed("<", ir.Constant(kind, list(range(lanes))), spread(b, b.trunc(count, I32), kind))
+    return Mask(below, count)
 
 
-def load_masked(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.VectorType, mask: ir.Value) -> ir.Value:
-    """As `load`, with zeros where the mask is False and no access there."""
+def load_masked(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.VectorType, mask: Mask) -> ir.Value:
+    """As `load`, with zeros outside the mask and no access there."""
     where = b.bitcast(b.gep(base, [offset]), kind.as_pointer())
     zeros = splat(kind, 0.0 if kind is FLOATS else 0)
-    return call(b, f"llvm.masked.load.{_SUFFIX[kind]}.p0", kind, where, I32(1), mask, zeros)
+    if WIDE or kind.element is F32:
+        return call(b, f"llvm.masked.load.{_SUFFIX[kind]}.p0", kind, where, I32(1), mask.lanes, zeros)
+    # AVX2 has no masks for small numbers: LLVM would branch for every lane, and take a minute longer over it.
+    whole = cgutils.alloca_once(b, kind)
+    b.store(zeros, whole)
+    cgutils.raw_memcpy(b, whole, where, mask.count, kind.element.width // 8)
+    return b.load(whole)
 
 
-def store_masked(b: ir.IRBuilder, value: ir.Value, base: ir.Value, offset: ir.Value, mask: ir.Value) -> None:
-    """As `store`, where the mask is True."""
+def store_masked(b: ir.IRBuilder, value: ir.Value, base: ir.Value, offset: ir.Value, mask: Mask) -> None:
+    """As `store`, inside the mask."""
     where = b.bitcast(b.gep(base, [offset]), value.type.as_pointer())
-    call(b, f"llvm.masked.store.{_SUFFIX[value.type]}.p0", ir.VoidType(), value, where, I32(1), mask)
+    call(b, f"llvm.masked.store.{_SUFFIX[value.type]}.p0", ir.VoidType(), value, where, I32(1), mask.lanes)
 
 
 def prefetch(b: ir.IRBuilder, base: ir.Value, offset: ir.Value) -> None:

@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
-QKV, OUTPUT, GATE_UP, DOWN = range(4)
+QKV, OUTPUT, GATE_UP, DOWN = (np.int64(number) for number in range(4))
 """The four projections of a layer: targets that share an input are one matrix."""
-FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+FLOAT32, BFLOAT16, INT8, INT4 = (np.int64(number) for number in range(4))
 """How base matrices are stored; from `INT8` on they are multiplied with activations in 16 bits."""
+NONE = np.int64(0)
+"""The address of what is not there. numba compiles a function anew for every Python integer that it is called with, but
+once for all numbers of this type."""
 FULL_PAGE, INT8_PAGE, INT4_PAGE = range(3)
 """How KV pages are stored."""
 PAGE_FORMATS = 4

@@ -17,6 +17,7 @@ from chunkwise.model.kernels.vector import (
     INTS,
     LANES,
     QUARTERS,
+    Mask,
     fma,
     load,
     load_masked,
@@ -31,11 +32,11 @@ from chunkwise.model.kernels.vector import (
 _MIDDLE = 7.5
 
 
-def _read(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.VectorType, mask: ir.Value | None) -> ir.Value:
+def _read(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.VectorType, mask: Mask | None) -> ir.Value:
     return load(b, base, offset, kind) if mask is None else load_masked(b, base, offset, kind, mask)
 
 
-def _write(b: ir.IRBuilder, value: ir.Value, base: ir.Value, offset: ir.Value, mask: ir.Value | None) -> None:
+def _write(b: ir.IRBuilder, value: ir.Value, base: ir.Value, offset: ir.Value, mask: Mask | None) -> None:
     if mask is None:
         store(b, value, base, offset)
     else:
@@ -53,11 +54,11 @@ def _base(b: ir.IRBuilder, scale: ir.Value, middle: ir.Value) -> ir.Value:
     return fma(b, scale, splat(FLOATS, -_MIDDLE), middle)
 
 
-def _int8(b: ir.IRBuilder, source: ir.Value, at: ir.Value, mask: ir.Value | None) -> ir.Value:
+def _int8(b: ir.IRBuilder, source: ir.Value, at: ir.Value, mask: Mask | None) -> ir.Value:
     return b.sitofp(b.sext(_read(b, source, at, QUARTERS, mask), INTS), FLOATS)
 
 
-def _int4(b: ir.IRBuilder, source: ir.Value, at: ir.Value, mask: ir.Value | None) -> tuple[ir.Value, ir.Value]:
+def _int4(b: ir.IRBuilder, source: ir.Value, at: ir.Value, mask: Mask | None) -> tuple[ir.Value, ir.Value]:
     both = b.zext(_read(b, source, at, QUARTERS, mask), INTS)
     low, high = b.and_(both, splat(INTS, 15)), b.lshr(both, splat(INTS, 4))
     return b.sitofp(low, FLOATS), b.sitofp(high, FLOATS)
@@ -67,10 +68,10 @@ def _keys_int8(b: ir.IRBuilder, args: list[ir.Value]) -> None:
     q, rows, dim, scales, _, out = args
     source, target, factors = pointer(b, q, I8), pointer(b, out, F32), pointer(b, scales, F32)
 
-    def column(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+    def column(offset: ir.Value, sums: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
         scale = _read(b, factors, offset, FLOATS, mask)
 
-        def row(index: ir.Value, inner: list[ir.Value], unused: ir.Value | None) -> list[ir.Value]:
+        def row(index: ir.Value, inner: list[ir.Value], unused: Mask | None) -> list[ir.Value]:
             at = b.add(b.mul(index, dim), offset)
             _write(b, b.fmul(_int8(b, source, at, mask), scale), target, at, mask)
             return []
@@ -85,10 +86,10 @@ def _values_int8(b: ir.IRBuilder, args: list[ir.Value]) -> None:
     q, rows, dim, scales, _, out = args
     source, target, factors = pointer(b, q, I8), pointer(b, out, F32), pointer(b, scales, F32)
 
-    def row(index: ir.Value, sums: list[ir.Value], unused: ir.Value | None) -> list[ir.Value]:
+    def row(index: ir.Value, sums: list[ir.Value], unused: Mask | None) -> list[ir.Value]:
         scale, start = spread(b, b.load(b.gep(factors, [index])), FLOATS), b.mul(index, dim)
 
-        def column(offset: ir.Value, inner: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+        def column(offset: ir.Value, inner: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
             at = b.add(start, offset)
             _write(b, b.fmul(_int8(b, source, at, mask), scale), target, at, mask)
             return []
@@ -104,13 +105,13 @@ def _keys_int4(b: ir.IRBuilder, args: list[ir.Value]) -> None:
     source, target = pointer(b, q, I8), pointer(b, out, F32)
     factors, centres, half = pointer(b, scales, I16), pointer(b, middles, I16), b.lshr(dim, I64(1))
 
-    def column(offset: ir.Value, sums: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+    def column(offset: ir.Value, sums: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
         places = (offset, b.add(offset, half))
         steps = [widen(b, _read(b, factors, place, HALVES, mask)) for place in places]
         middle = [widen(b, _read(b, centres, place, HALVES, mask)) for place in places]
         bases = [_base(b, *pair) for pair in zip(steps, middle, strict=True)]
 
-        def row(index: ir.Value, inner: list[ir.Value], unused: ir.Value | None) -> list[ir.Value]:
+        def row(index: ir.Value, inner: list[ir.Value], unused: Mask | None) -> list[ir.Value]:
             levels = _int4(b, source, b.add(b.mul(index, half), offset), mask)
             start = b.mul(index, dim)
             for level, step, base, place in zip(levels, steps, bases, places, strict=True):
@@ -128,11 +129,11 @@ def _values_int4(b: ir.IRBuilder, args: list[ir.Value]) -> None:
     source, target = pointer(b, q, I8), pointer(b, out, F32)
     factors, centres, half = pointer(b, scales, I16), pointer(b, middles, I16), b.lshr(dim, I64(1))
 
-    def row(index: ir.Value, sums: list[ir.Value], unused: ir.Value | None) -> list[ir.Value]:
+    def row(index: ir.Value, sums: list[ir.Value], unused: Mask | None) -> list[ir.Value]:
         step = _scalar(b, factors, index)
         base, start = _base(b, step, _scalar(b, centres, index)), b.mul(index, dim)
 
-        def column(offset: ir.Value, inner: list[ir.Value], mask: ir.Value | None) -> list[ir.Value]:
+        def column(offset: ir.Value, inner: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
             levels = _int4(b, source, b.add(b.mul(index, half), offset), mask)
             for level, place in zip(levels, (offset, b.add(offset, half)), strict=True):
                 _write(b, fma(b, level, step, base), target, b.add(start, place), mask)

@@ -1,0 +1,62 @@
+"""Tiles compiled once, as one library that all kernels call.
+
+numba builds whatever a function calls into that function, and again into each of its callers, up to the entry; for the
+tiles that would be a dozen times a few seconds. So kernels only declare them, and `link` brings their code into the
+process before the first entry runs: from disk, or compiled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numba
+from llvmlite import ir
+from numba.core.compiler_lock import global_compiler_lock
+from numba.core.registry import cpu_target
+
+_waiting: dict[str, Callable[[ir.Module], object]] = {}
+
+
+def offer(name: str, define: Callable[[ir.Module], object]) -> None:
+    """Has the next `link` add the function ``name``, which ``define`` writes into a module."""
+    _waiting[name] = define
+
+
+def link() -> None:
+    """Makes every function that was offered callable by compiled code."""
+    if not _waiting:
+        return
+    with global_compiler_lock:
+        names = sorted(_waiting)
+        if not names:
+            return
+        codegen = cpu_target.target_context.codegen()
+        digest = hashlib.blake2b(repr((names, codegen.magic_tuple())).encode(), digest_size=8).hexdigest()
+        file = Path(numba.config.CACHE_DIR) / f"tiles-{digest}"
+        try:
+            codegen.unserialize_library(pickle.loads(file.read_bytes()))
+        except FileNotFoundError:
+            library = codegen.create_library("chunkwise_tiles")
+            library.enable_object_caching()
+            module = library.create_ir_module("chunkwise_tiles")
+            for name in names:
+                _waiting[name](module)
+            library.add_ir_module(module)
+            library.finalize()
+            _write(file, pickle.dumps(library.serialize_using_object_code()))
+        for name in names:
+            del _waiting[name]
+
+
+def _write(file: Path, data: bytes) -> None:
+    """At once or not at all: other processes may be doing the same."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=file.parent)
+    with os.fdopen(descriptor, "wb") as temporary:
+        temporary.write(data)
+    Path(name).replace(file)
