@@ -40,7 +40,7 @@ def link() -> None:
         file = Path(numba.config.CACHE_DIR) / f"tiles-{digest}"
         try:
             codegen.unserialize_library(pickle.loads(file.read_bytes()))
-        except FileNotFoundError:
+        except (OSError, EOFError, pickle.UnpicklingError):
             library = codegen.create_library("chunkwise_tiles")
             library.enable_object_caching()
             module = library.create_ir_module("chunkwise_tiles")

@@ -11,7 +11,7 @@ from numba import carray
 
 from chunkwise.model.kernels.compile import kernel
 from chunkwise.model.kernels.product import multiply_floats
-from chunkwise.model.kernels.tiles import ROWS, STRIP, as_pointer, expand_tile
+from chunkwise.model.kernels.tiles import FLOAT_ROWS, STRIP, as_pointer, expand_tile
 from chunkwise.model.kernels.vector import LANES
 from chunkwise.model.kernels.views import TARGETS
 
@@ -60,11 +60,11 @@ def _strip(rows, h, ldh, matrix, ldm, k, y, ldy, columns):
 @kernel
 def accumulate(rows, h, ldh, matrix, ldm, k, y, ldy, columns):
     """``y[t, c] += Σ_k h[t, k] matrix[k, c]`` for ``rows`` t and ``columns`` c."""
-    for t in range(0, rows, ROWS):
+    for t in range(0, rows, FLOAT_ROWS):
         c = 0
         while c < columns:
             at, to = h + 4 * t * ldh, y + 4 * (t * ldy + c)
-            c += _strip(min(ROWS, rows - t), at, ldh, matrix + 4 * c, ldm, k, to, ldy, columns - c)
+            c += _strip(min(FLOAT_ROWS, rows - t), at, ldh, matrix + 4 * c, ldm, k, to, ldy, columns - c)
 
 
 @kernel

@@ -23,10 +23,11 @@ _int8_n_1, _int8_n_2, _int8_n_3, _int8_n_4 = (dot_tile_int8(INT_WEIGHT_ROWS, row
 _int4_1_1, _int4_1_2, _int4_1_3, _int4_1_4 = (dot_tile_int4(1, rows) for rows in range(1, 5))
 _int4_n_1, _int4_n_2, _int4_n_3, _int4_n_4 = (dot_tile_int4(INT_WEIGHT_ROWS, rows) for rows in range(1, 5))
 
-# x rows times k that stay in the second-level cache while the weights pass by.
+# x rows times k, and rows of y, that stay in the second-level cache while the weights pass by.
 _BLOCK_FLOATS = 96 * 1024
+_BLOCK_ROWS = 96
 # Up to so many rows every tile asks for the weights of the next, and not the first of them alone.
-_ASKING_ROWS = 64
+_ASKING_ROWS = 48
 
 
 @kernel
@@ -137,7 +138,7 @@ def multiply(kind, w, w_scales, w_middles, first, last, x, x_scales, x_sums, row
             ws, wm = w_scales + 4 * groups * n, w_middles + 2 * groups * n
             _one(kind, rows, w + row_bytes * n, x, k, y + 4 * n, ldy, ws, wm, x_scales, x_sums, k)
         return
-    block = max(_BLOCK_FLOATS // k // tile_rows * tile_rows, tile_rows)
+    block = max(min(_BLOCK_FLOATS // k, _BLOCK_ROWS) // tile_rows * tile_rows, tile_rows)
     for start in range(0, rows, block):
         stop = min(start + block, rows)
         n = first

@@ -350,14 +350,15 @@ def expand_tile(vectors: int, rows: int) -> Kernel:
 
         def step(index: ir.Value, sums: list[ir.Value], unused: Mask | None) -> list[ir.Value]:
             row = b.gep(matrix, [b.mul(index, ldm)])
-            read = [load(b, row, o, FLOATS) if mask is None else load_masked(b, row, o, FLOATS, mask) for o in offsets]
             if vectors == 4:
-                for offset in offsets:
-                    prefetch(b, row, b.add(offset, I64(STRIP)))
-            new = []
-            for j, weights in enumerate(hs):
-                factor = spread(b, b.load(b.gep(weights, [index])), FLOATS)
-                new += [fma(b, factor, part, sums[j * vectors + i]) for i, part in enumerate(read)]
+                for ahead in range(STRIP, 2 * STRIP, CACHE_LINE // 4):
+                    prefetch(b, row, I64(ahead))
+            factors = [spread(b, b.load(b.gep(weights, [index])), FLOATS) for weights in hs]
+            new = list(sums)
+            for i, o in enumerate(offsets):
+                part = load(b, row, o, FLOATS) if mask is None else load_masked(b, row, o, FLOATS, mask)
+                for j, factor in enumerate(factors):
+                    new[j * vectors + i] = fma(b, factor, part, sums[j * vectors + i])
             return new
 
         sums = along(b, k, 1, [splat(FLOATS, 0.0)] * (vectors * rows), step)
