@@ -273,6 +273,18 @@ def test_a_tokenizer_or_model_that_grammars_cannot_use_refuses_requests_and_not_
         GrammarCompiler(tmp_path, ()).compile(regex("a"))
 
 
+def test_a_shard_without_grammars_does_not_read_the_tokenizer_for_them(tmp_path: Path) -> None:
+    """llguidance's form of a tokenizer is larger than the tokenizer itself."""
+    compiler = GrammarCompiler(tmp_path, {EOS})
+    make_tokenizer(tmp_path)
+    assert compiler.compile(regex("a"))
+
+
+def test_a_tokenizer_that_is_gone_refuses_requests(tmp_path: Path) -> None:
+    with pytest.raises(InvalidRequest, match=r"this model serves no grammars .*No such file"):
+        GrammarCompiler(tmp_path, {EOS}).compile(regex("a"))
+
+
 def test_tokens_of_several_letters_and_byte_tokens(tmp_path: Path) -> None:
     """A SentencePiece model: blanks are written as ▁, and what is no piece is spelt in bytes."""
     pieces = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "a", "b", "▁a", "ab", "▁ab"]
