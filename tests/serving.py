@@ -55,7 +55,7 @@ class Driver:
         kernels = 1 if dtype == torch.float32 else None
         model = Llama(model_dir, group or SingleProcess(), dtype, CPU, kernel_threads=kernels)
         sources = [AdapterSource(name, str(path)) for name, path in (adapters or {}).items()]
-        store = load_adapters(sources, model, model_dir, adapter_slots)
+        store = load_adapters(sources, model_dir, model.group, dtype, CPU, adapter_slots)
         self.decisions = DecisionTable(timeout_seconds=1.0)
         self._session = self.decisions.start_session()
         tokenizer = Tokenizer(model_dir)

@@ -19,7 +19,6 @@ from chunkwise.core import ChunkwiseError
 from chunkwise.evaluation import ladder_command
 from chunkwise.evaluation.ladder_command import LadderFailed
 from chunkwise.evaluation.ladder_report import rung_rows, spectrum_rows
-from chunkwise.model.llama import Llama
 from chunkwise.model.parallel import SingleProcess
 from chunkwise.shard.adapters import load_adapters
 from chunkwise_adapters.format import LoraPair, LoraWeights
@@ -69,8 +68,8 @@ def test_what_the_command_saves_is_what_is_served(
     run(tiny, adapter, f"--calibration={text}", "--calibration-tokens=128", "--window=32", "--rungs=0,0.5,3,6")
     summary = result(capsys)
     assert summary["kind"] == "sensitive" and summary["calibration"]["tokens"] == 128
-    model = Llama(tiny.model, SingleProcess(), torch.float32, torch.device("cpu"))
-    served = load_adapters([AdapterSource("any", str(adapter))], model, tiny.model).get("any")
+    source, cpu = AdapterSource("any", str(adapter)), torch.device("cpu")
+    served = load_adapters([source], tiny.model, SingleProcess(), torch.float32, cpu).get("any")
     assert served.rungs == (0, 0.5, 3, 6, 16)
     assert list(served.kept_energy) == [row["kept_energy"] for row in summary["rungs"]]
     assert list(served.mean_active_rank) == [row["mean_active_rank"] for row in summary["rungs"]]

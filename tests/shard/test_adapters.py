@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from chunkwise.config.settings import AdapterSource
+from chunkwise.config.settings import AdapterSource, ShardSettings
 from chunkwise.core import UnsupportedModel
 from chunkwise.model.identity import base_hash
-from chunkwise.model.llama import Llama
 from chunkwise.model.parallel import DistributedGroup, Group, SingleProcess
 from chunkwise.model.spec import load_spec
 from chunkwise.shard.adapters import load_adapters
+from chunkwise.shard.decisions import DecisionTable
+from chunkwise.shard.process import load_engine
 from chunkwise_adapters.directory import CONFIG_FILE, WEIGHTS_FILE
 from chunkwise_adapters.format import load_adapter
 from chunkwise_adapters.ladder import build_ladder
@@ -32,8 +33,8 @@ CPU = torch.device("cpu")
 
 
 def load(tiny: TinyWorld, directory: Path, group: Group | None = None) -> ResidentAdapter:
-    model = Llama(tiny.model, group or SingleProcess(), torch.float32, CPU)
-    return load_adapters([AdapterSource("mine", str(directory))], model, tiny.model).get("mine")
+    source = AdapterSource("mine", str(directory))
+    return load_adapters([source], tiny.model, group or SingleProcess(), torch.float32, CPU).get("mine")
 
 
 @pytest.fixture
@@ -55,6 +56,18 @@ def save(tiny: TinyWorld, adapter: Path) -> Callable[..., None]:
 
 def test_without_a_ladder_the_plain_one_is_served(tiny: TinyWorld, adapter: Path) -> None:
     assert load(tiny, adapter).rungs == (0, 0.25, 0.5, 1, 2, 4, 8)
+
+
+def test_adapters_are_read_before_the_weights(tiny: TinyWorld, adapter: Path, tmp_path: Path) -> None:
+    """What reading them takes for a while would come on top of the weights; so a shard without weights reads them."""
+    bare = tmp_path / "bare"
+    shutil.copytree(tiny.model, bare, ignore=shutil.ignore_patterns("*.safetensors*"))
+    settings = ShardSettings(str(bare), (), adapters=(AdapterSource("mine", str(adapter)),))
+    with pytest.raises(UnsupportedModel, match="holds no"):
+        load_engine(settings, SingleProcess(), CPU, DecisionTable())
+    (adapter / WEIGHTS_FILE).unlink()
+    with pytest.raises(UnsupportedModel, match="adapter 'mine' cannot be served"):
+        load_engine(settings, SingleProcess(), CPU, DecisionTable())
 
 
 def test_a_saved_ladder_is_served_under_any_name(tiny: TinyWorld, adapter: Path, save: Callable[..., None]) -> None:

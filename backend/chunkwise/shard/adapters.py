@@ -7,12 +7,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from chunkwise.config.settings import AdapterSource
 from chunkwise.core import UnsupportedModel
 from chunkwise.hub import locate
 from chunkwise.model.identity import base_hash
-from chunkwise.model.llama import Llama, target_slices
-from chunkwise.model.parallel import Group
+from chunkwise.model.loading import target_slices
+from chunkwise.model.parallel import Group, plan_shard
+from chunkwise.model.spec import ModelSpec, load_spec
 from chunkwise_adapters.directory import CONFIG_FILE, WEIGHTS_FILE, FileStamp, file_stamp
 from chunkwise_adapters.errors import AdapterError
 from chunkwise_adapters.format import load_adapter
@@ -27,28 +30,38 @@ _SPILL_DIRECTORY = Path.home() / ".cache" / "chunkwise"
 
 
 def load_adapters(
-    sources: Sequence[AdapterSource], model: Llama, model_dir: Path, slots: int | None = None
+    sources: Sequence[AdapterSource],
+    model_dir: Path,
+    group: Group,
+    dtype: torch.dtype,
+    device: torch.device,
+    slots: int | None = None,
 ) -> AdapterStore:
-    """The adapters of a model read from ``model_dir``, each with the ladder saved in its directory; where there is
-    none, with the plain one and global allocation, which no other ladder beat at any rank on real adapters. With
-    ``slots`` all are checked, and the first so many kept in memory; the others lie in a file of this process, and are
-    read from their directories again only when something there has changed since.
+    """This rank's part of the adapters of the model in ``model_dir``, each with the ladder saved in its directory;
+    where there is none, with the plain one and global allocation, which no other ladder beat at any rank on real
+    adapters. With ``slots`` all are checked, and the first so many kept in memory; the others lie in a file of this
+    process, and are read from their directories again only when something there has changed since.
+
+    The model's weights are not needed. Reading an adapter takes three times its memory for a while, so its best moment
+    is before they are there.
 
     Raises:
-        UnsupportedModel: an adapter or its ladder cannot be served, or the ranks found different ladders.
+        UnsupportedModel: a model, an adapter or its ladder that cannot be served, or the ranks found different ladders.
     """
-    store = AdapterStore(target_slices(model.spec, model.plan), model.dtype, model.device, slots, _SPILL_DIRECTORY)
+    spec = load_spec(model_dir)
+    slices = target_slices(spec, plan_shard(spec, group.rank, group.world_size))
+    store = AdapterStore(slices, dtype, device, slots, _SPILL_DIRECTORY)
     # The last that is asked for stays, so that the first sources are those that are in memory at start.
     for source in reversed(sources):
         start = time.perf_counter()
         directory = locate(source.source, source.revision)
-        files = _AdapterFiles(directory, source.name, model, model_dir)
+        files = _AdapterFiles(directory, source.name, spec, model_dir)
         try:
             ladder = files.read()
         except AdapterError as error:
             raise UnsupportedModel(f"adapter {source.name!r} cannot be served: {error}") from error
         file = find_ladder(directory, source.name)
-        _check_same(ladder, file, model.group)
+        _check_same(ladder, file, group)
         adapter = store.add(ladder, files)
         logger.info(
             "adapter %s: %s ladder%s, %s ranks, rungs %s, %d bytes, %.1f s",
@@ -66,10 +79,10 @@ def load_adapters(
 class _AdapterFiles:
     """The directory of one adapter, and how its files looked when they were read."""
 
-    def __init__(self, directory: Path, name: str, model: Llama, model_dir: Path) -> None:
+    def __init__(self, directory: Path, name: str, spec: ModelSpec, model_dir: Path) -> None:
         self._directory = directory
         self._name = name
-        self._model = model
+        self._spec = spec
         self._model_dir = model_dir
         self._read_at: tuple[FileStamp, ...] | None = None
 
@@ -77,7 +90,7 @@ class _AdapterFiles:
         """The ladder in the directory, or the plain one. Raises AdapterError or OSError."""
         # Taken first: what is written while the files are read counts as a change.
         stamps = self._stamps()
-        weights = load_adapter(self._directory, self._name, self._model.spec.target_shapes())
+        weights = load_adapter(self._directory, self._name, self._spec.target_shapes())
         file = find_ladder(self._directory, self._name)
         if file is None:
             ladder = build_ladder(weights, allocation="global")

@@ -8,6 +8,7 @@ import os
 import signal
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -67,13 +68,17 @@ def _group(settings: ShardSettings, device: torch.device) -> Group:
     return DistributedGroup(place.rank, place.world_size, address, device, _COLLECTIVE_TIMEOUT_SECONDS)
 
 
-def load_model(settings: ShardSettings, model_dir: Path, group: Group, device: torch.device) -> Llama:
-    """The model of one rank, in the types and with the threads that ``settings`` name. Call it from the thread that
-    will run it.
+class _Arithmetic(NamedTuple):
+    """What to compute in, what the base matrices are kept in, on how many threads, and whether with the CPU kernels."""
 
-    Raises:
-        UnsupportedModel: a checkpoint or a parallel layout that cannot be served.
-    """
+    dtype: torch.dtype
+    storage: torch.dtype
+    threads: int
+    kernels: bool
+
+
+def _set_up(settings: ShardSettings, model_dir: Path, device: torch.device) -> _Arithmetic:
+    """The arithmetic that ``settings`` name, to which torch is set on the calling thread. Raises UnsupportedModel."""
     threads = settings.threads or max((os.cpu_count() or 1) // settings.parallel.world_size, 1)
     dtype, storage = _types(settings, device, load_spec(model_dir).dtype)
     if device.type == "cuda":
@@ -84,6 +89,17 @@ def load_model(settings: ShardSettings, model_dir: Path, group: Group, device: t
         raise UnsupportedModel(f"--quantize {settings.quantize} is for CPUs; this shard runs on {device}, leave it out")
     # Beside the kernels torch does little, and idle threads of its own would spin on the kernels' cores.
     torch.set_num_threads(1 if kernels else threads)
+    return _Arithmetic(dtype, storage, threads, kernels)
+
+
+def load_model(settings: ShardSettings, model_dir: Path, group: Group, device: torch.device) -> Llama:
+    """The model of one rank, in the types and with the threads that ``settings`` name. Call it from the thread that
+    will run it.
+
+    Raises:
+        UnsupportedModel: a checkpoint or a parallel layout that cannot be served.
+    """
+    dtype, storage, threads, kernels = _set_up(settings, model_dir, device)
     model = Llama(
         model_dir,
         group,
@@ -114,6 +130,9 @@ def load_engine(settings: ShardSettings, group: Group, device: torch.device, dec
     """
     model_dir = locate(settings.model_id, settings.revision)
     tokenizer = Tokenizer(model_dir)
+    dtype = _set_up(settings, model_dir, device).dtype
+    # Before the weights, so that what reading them takes for a while does not come on top.
+    adapters = load_adapters(settings.adapters, model_dir, group, dtype, device, settings.adapter_slots)
     model = load_model(settings, model_dir, group, device)
     engine_settings = EngineSettings(
         max_batch_total_tokens=settings.max_batch_total_tokens,
@@ -123,7 +142,6 @@ def load_engine(settings: ShardSettings, group: Group, device: torch.device, dec
         watermark=Watermark(settings.watermark.gamma, settings.watermark.delta),
     )
     grammars = GrammarCompiler(model_dir, tokenizer.eos_ids)
-    adapters = load_adapters(settings.adapters, model, model_dir, settings.adapter_slots)
     return Engine(model, tokenizer, adapters, decisions, grammars, engine_settings)
 
 
