@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "tokenizer": set(),
     "logs": set(),
     "hub": set(),
+    "download": set(),
     "pb": set(),
     "wire": {"pb"},
     "steering": set(),
@@ -49,6 +50,7 @@ NO_TORCH = {
     "launcher",
     "logs",
     "hub",
+    "download",
     "cli",
     "pb",
     "lifetime",
@@ -135,5 +137,16 @@ def test_only_flags_read_the_environment() -> None:
 )
 def test_processes_without_a_model_never_load_torch(module: str) -> None:
     code = f"import sys, {module}; print(sorted(m for m in ('torch', 'transformers') if m in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    "module", ["chunkwise.launcher.command", "chunkwise.router.command", "chunkwise.shard.command"]
+)
+def test_what_only_some_servers_need_is_loaded_by_those_alone(module: str) -> None:
+    """These take 10 MB or more of every process that imports them."""
+    seldom = ("huggingface_hub", "sympy", "torch._dynamo", "torch._inductor")
+    code = f"import sys, {module}; print([m for m in {seldom} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

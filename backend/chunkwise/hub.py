@@ -2,15 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-from chunkwise.core import UnsupportedModel
-
-# Weights as safetensors only: pickles are never fetched.
-_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*"]
 
 
 def locate(name: str, revision: str | None) -> Path:
@@ -22,13 +15,9 @@ def locate(name: str, revision: str | None) -> Path:
     local = Path(name).expanduser()
     if local.is_dir():
         return local.resolve()
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise UnsupportedModel(
-            f"{name!r} is neither a directory nor available from the Hub ({type(error).__name__}); "
-            "give an existing directory, or connect to the Hub"
-        ) from error
+    # Named, not imported: a process that is given directories does without.
+    directory: Path = importlib.import_module("chunkwise.download").download(name, revision)
+    return directory
 
 
 def hub_commit(directory: Path) -> str:
