@@ -11,6 +11,7 @@ from typing import Any
 from tokenizers import Tokenizer as FastTokenizer
 
 from chunkwise.core import UnsupportedModel
+from chunkwise.heap import trim_heap
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -40,6 +41,8 @@ class Tokenizer:
             self._fast = FastTokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
             raise UnsupportedModel(f"{path} cannot be read: {error}") from error
+        # Half of what reading it took is free again.
+        trim_heap()
         # A checkpoint may ship truncation or padding settings; a server must see the whole text.
         self._fast.no_truncation()
         self._fast.no_padding()

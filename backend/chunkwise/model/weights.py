@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,9 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from chunkwise.core import UnsupportedModel
-
-# glibc has it, other C libraries may not.
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+from chunkwise.heap import trim_heap
 
 
 def _locate(model_dir: Path) -> dict[str, Path]:
@@ -68,8 +65,7 @@ class Checkpoint:
         freed goes back to the system too; the C library would keep it."""
         self._stack.close()
         self._open.clear()
-        if _trim is not None:
-            _trim(0)
+        trim_heap()
 
     def _handle(self, name: str) -> Any:
         if name not in self._files:
