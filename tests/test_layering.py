@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "kv": set(),
     "model": {"kv", "heap"},
     "lifetime": set(),
-    "shard": {"wire", "kv", "model", "pb", "tokenizer", "hub", "logs", "lifetime"},
+    "shard": {"wire", "kv", "model", "pb", "tokenizer", "hub", "heap", "logs", "lifetime"},
     "router": {"wire", "steering", "pb", "tokenizer", "logs", "lifetime"},
     "launcher": {"hub", "logs", "lifetime"},
     "bench": {"tokenizer", "model"},

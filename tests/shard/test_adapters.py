@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import shutil
 import socket
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,13 @@ from chunkwise.core import UnsupportedModel
 from chunkwise.model.identity import base_hash
 from chunkwise.model.parallel import DistributedGroup, Group, SingleProcess
 from chunkwise.model.spec import load_spec
+from chunkwise.shard import adapters
 from chunkwise.shard.adapters import load_adapters
 from chunkwise.shard.decisions import DecisionTable
 from chunkwise.shard.process import load_engine
 from chunkwise_adapters.directory import CONFIG_FILE, WEIGHTS_FILE
-from chunkwise_adapters.format import load_adapter
-from chunkwise_adapters.ladder import build_ladder
+from chunkwise_adapters.format import LoraWeights, load_adapter
+from chunkwise_adapters.ladder import Allocation, RankLadder, build_ladder
 from chunkwise_adapters.ladder_file import LADDER_FILE, save_ladder
 from chunkwise_adapters.store import ResidentAdapter
 from conftest import TinyWorld
@@ -68,6 +70,24 @@ def test_adapters_are_read_before_the_weights(tiny: TinyWorld, adapter: Path, tm
     (adapter / WEIGHTS_FILE).unlink()
     with pytest.raises(UnsupportedModel, match="adapter 'mine' cannot be served"):
         load_engine(settings, SingleProcess(), CPU, DecisionTable())
+
+
+def test_what_reading_an_adapter_took_is_given_back_before_the_next(
+    tiny: TinyWorld, adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    factors: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def build(weights: LoraWeights, allocation: Allocation) -> RankLadder:
+        ladder = build_ladder(weights, allocation=allocation)
+        factors.extend(weakref.ref(module.a) for module in ladder.modules.values())
+        return ladder
+
+    monkeypatch.setattr(adapters, "build_ladder", build)
+    monkeypatch.setattr(adapters, "trim_heap", lambda: alive.append(sum(a() is not None for a in factors)))
+    sources = [AdapterSource(name, str(adapter)) for name in ("mine", "yours")]
+    load_adapters(sources, tiny.model, SingleProcess(), torch.float32, CPU)
+    assert alive == [0, 0]
 
 
 def test_a_saved_ladder_is_served_under_any_name(tiny: TinyWorld, adapter: Path, save: Callable[..., None]) -> None:

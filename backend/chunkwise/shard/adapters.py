@@ -11,6 +11,7 @@ import torch
 
 from chunkwise.config.settings import AdapterSource
 from chunkwise.core import UnsupportedModel
+from chunkwise.heap import trim_heap
 from chunkwise.hub import locate
 from chunkwise.model.identity import base_hash
 from chunkwise.model.loading import target_slices
@@ -73,6 +74,9 @@ def load_adapters(
             adapter.bytes,
             time.perf_counter() - start,
         )
+        # Its factors before they were made resident, and what the SVDs took: more than the adapter itself.
+        del ladder
+        trim_heap()
     return store
 
 
