@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -202,8 +203,11 @@ async def test_a_waiting_request_disappears_without_a_trace(model_dir: Path) -> 
     async with routing(shards, model_dir, limits=Limits(max_batch_size=1)) as serving:
         running = serving.loop.submit(request(5, 10))
         await first(running)
+        queue_size = partial(serving.metrics.registry.get_sample_value, "tgi_queue_size")
         waiting = serving.loop.submit(request(6, 10))
+        assert queue_size() == 1
         waiting.cancel()
+        assert queue_size() == 0
         await events(running)
         await settled(shards, serving)
         assert serving.loop.in_flight == 0

@@ -24,11 +24,11 @@ class DecodeStream:
     def __init__(self, url: str, call: Call) -> None:
         self._url = url
         self._call = call
-        self._turn = asyncio.Lock()
-        self._writes: set[asyncio.Task[None]] = set()
+        self._requests: asyncio.Queue[pb.DecodeRequest] = asyncio.Queue()
         self._waiting: deque[asyncio.Future[steer_pb.DecodeOutcome]] = deque()
         self._end: str | None = None
         self._reading = asyncio.create_task(self._read())
+        self._writing = asyncio.create_task(self._write())
 
     async def decode(self, request: pb.DecodeRequest) -> steer_pb.DecodeOutcome:
         """Sends a step, within one turn of the event loop, and waits for its outcome. The step goes on if the caller
@@ -42,10 +42,8 @@ class DecodeStream:
             raise self._lost(self._end)
         outcome: asyncio.Future[steer_pb.DecodeOutcome] = asyncio.get_running_loop().create_future()
         self._waiting.append(outcome)
-        # Not awaited here: to cancel a write, or a read, is to cancel the stream.
-        writing = asyncio.create_task(self._write(request))
-        self._writes.add(writing)
-        writing.add_done_callback(self._writes.discard)
+        # Not written here: to cancel a write, or a read, is to cancel the stream.
+        self._requests.put_nowait(request)
         message = await outcome
         if not message.HasField("response"):
             raise GenerationFailed(f"shard {self._url}: {message.error}")
@@ -54,13 +52,14 @@ class DecodeStream:
     def close(self) -> None:
         """Ends the stream."""
         self._reading.cancel()
+        self._writing.cancel()
         self._call.cancel()
 
-    async def _write(self, request: pb.DecodeRequest) -> None:
+    async def _write(self) -> None:
         # gRPC takes one message at a time. Why one cannot be written, `_read` will be told.
-        async with self._turn:
-            with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
-                await self._call.write(request)
+        with suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                await self._call.write(await self._requests.get())
 
     async def _read(self) -> None:
         try:

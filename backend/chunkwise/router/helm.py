@@ -121,12 +121,12 @@ class Helm:
 
         Args:
             ahead: the step before still runs; its signals must not have been waited for yet, those of the one before it
-                must have been.
+                must have been. The caller has only to wait now, and the step gets on its way meanwhile.
         """
         await self.flush(ahead)
         rpc = asyncio.create_task(call(self.seq, self._open_step()))
         try:
-            for _ in range(_LAUNCH_TURNS):
+            for _ in range(0 if ahead else _LAUNCH_TURNS):
                 await asyncio.sleep(0)
         except BaseException:
             rpc.cancel()

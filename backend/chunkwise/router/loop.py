@@ -78,6 +78,10 @@ class Loop:
         self._outbox: list[tuple[Answer, Event]] = []
         self._wake = asyncio.Event()
         self._stopped: str | None = None
+        # Read at a scrape: setting them at every step costs time that a token waits for.
+        metrics.queue_size.set_function(lambda: len(self._backlog))
+        metrics.batch_size.set_function(lambda: len(self._live))
+        metrics.batch_tokens.set_function(self._reserved)
 
     @property
     def stopped(self) -> str | None:
@@ -106,7 +110,6 @@ class Loop:
         self._backlog.push(request)
         answer = Answer(request.id, self.clock(), self._give_up)
         self._answers[request.id] = answer
-        self._gauge()
         self._wake.set()
         return answer
 
@@ -242,10 +245,8 @@ class Loop:
             self._metrics.next_size.observe(len(admitted))
         return admitted
 
-    def _gauge(self) -> None:
-        self._metrics.queue_size.set(len(self._backlog))
-        self._metrics.batch_size.set(len(self._live))
-        self._metrics.batch_tokens.set(sum(self._capacity.reserved(live.request) for live in self._live.values()))
+    def _reserved(self) -> int:
+        return sum(self._capacity.reserved(live.request) for live in self._live.values())
 
     def _take(self, result: StepResult) -> None:
         for generation in result.generations:
@@ -282,7 +283,6 @@ class Loop:
         for answer, event in self._outbox:
             answer.push(event)
         self._outbox.clear()
-        self._gauge()
 
     def _fail(self, request_id: int, error: ChunkwiseError) -> None:
         live = self._live.pop(request_id)

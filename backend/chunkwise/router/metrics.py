@@ -58,6 +58,8 @@ class Metrics:
 
     def __init__(self, max_total_tokens: int) -> None:
         self.registry = CollectorRegistry()
+        # By method. To look a label's value up takes longer than to observe.
+        self._step_durations: dict[str, tuple[Histogram, ...]] = {}
         self._make_request_metrics(max_total_tokens)
         self._make_batch_metrics()
         self._make_steering_metrics()
@@ -147,9 +149,12 @@ class Metrics:
     def step_done(self, method: str, seconds: float, result: StepResult) -> None:
         """One step went well."""
         self.batch_success.inc(method)
-        self.batch_duration.labels(method).observe(seconds)
-        self.forward_duration.labels(method).observe(result.forward_ns / 1e9)
-        self.decode_duration.labels(method).observe(result.decode_ns / 1e9)
+        durations = self._step_durations.get(method)
+        if durations is None:
+            of_step = (self.batch_duration, self.forward_duration, self.decode_duration)
+            durations = self._step_durations[method] = tuple([duration.labels(method) for duration in of_step])
+        for duration, value in zip(durations, (seconds, result.forward_ns / 1e9, result.decode_ns / 1e9), strict=True):
+            duration.observe(value)
 
     def answer_done(self, adapter: str | None, generated_tokens: int, report: SteeringReport) -> None:
         """One request has got its whole answer."""

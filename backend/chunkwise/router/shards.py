@@ -268,6 +268,8 @@ class GrpcShards:
 
     def _joined(self, responses: Sequence[pb.PrefillResponse] | Sequence[pb.DecodeResponse]) -> StepResult:
         results = [wire.result_from_pb(response) for response in responses]
+        if len(results) == 1:
+            return results[0]
         slowest = max(results, key=lambda result: result.total_ns)
         generations = tuple(generation for result in results for generation in result.generations)
         return replace(slowest, generations=generations, batch=results[0].batch)
