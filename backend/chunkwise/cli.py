@@ -24,6 +24,11 @@ _COMMANDS = {
     "experiments": "chunkwise.evaluation.experiments.command",
 }
 
+# gRPC's event engine hands every message through two or three threads, on cores that the model needs. Without it, the
+# thread that waits for completions reads and writes the sockets itself. A gRPC that has no such choice left logs one
+# line for each, and goes on.
+_GRPC_EXPERIMENTS = "-event_engine_client,-event_engine_listener"
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command. What is refused on purpose ends with one line on standard error and status 1."""
@@ -32,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if PARENT_VARIABLE in os.environ:
             die_with_parent(int(os.environ[PARENT_VARIABLE]))
         args = build_parser(os.environ).parse_args(argv)
+        # gRPC reads it at its start, which is the import of the command; a choice of the user's stands.
+        os.environ.setdefault("GRPC_EXPERIMENTS", _GRPC_EXPERIMENTS)
         importlib.import_module(_COMMANDS[args.command]).run(args)
     except ChunkwiseError as error:
         sys.exit(f"chunkwise: {error}")
