@@ -35,7 +35,7 @@ class EngineShards:
         return self.engine.info()
 
     async def warmup(self, limits: Limits) -> WarmupLimits:
-        return self.engine.warmup([], limits.max_batch_prefill_tokens, None, None)
+        return self.engine.warmup([], limits.step_tokens, None, None)
 
     async def prefill(
         self, requests: Sequence[GenerationRequest], batch_id: int, cached: CachedBatch | None, seq: int, step: int

@@ -97,7 +97,11 @@ def _router_flags(flags: _Flags) -> None:
     flags.value(
         "--max-total-tokens", "longest prompt plus answer in tokens; default: what model and memory allow", kind=int
     )
-    flags.value("--max-batch-prefill-tokens", "most tokens computed in one step", kind=int, default=4096)
+    flags.value(
+        "--max-batch-prefill-tokens",
+        "most tokens computed in one step, for which running answers wait; default: 4096, on CPUs 512",
+        kind=int,
+    )
     flags.value("--max-batch-size", "most requests in one batch; default: no limit but memory", kind=int)
     flags.value(
         "--kv-growth-reserve",

@@ -24,7 +24,7 @@ class AdapterSource:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the router accepts. Token limits left None are taken from the model in Warmup.
+    """What the router accepts. Token limits left None are taken from the model in Warmup, a step's from the device.
 
     ``kv_growth_reserve`` is how many tokens of its answer to come each running request has KV pages kept free for.
     """
@@ -35,12 +35,17 @@ class Limits:
     max_top_n_tokens: int = 5
     max_input_tokens: int | None = None
     max_total_tokens: int | None = None
-    max_batch_prefill_tokens: int = 4096
+    max_batch_prefill_tokens: int | None = None
     max_batch_size: int | None = None
     kv_growth_reserve: int = 64
     max_client_batch_size: int = 4
     payload_limit: int = 2_000_000
     disable_grammar_support: bool = False
+
+    @property
+    def step_tokens(self) -> int:
+        """Most tokens computed in one step; TGI's default if nothing else was chosen."""
+        return self.max_batch_prefill_tokens or 4096
 
 
 @dataclass(frozen=True, slots=True)

@@ -145,14 +145,14 @@ class GrpcShards:
         request = pb.WarmupRequest(
             batch=wire.batch_to_pb(0, [warmup_prompt(limits)]),
             max_input_tokens=limits.max_input_tokens,
-            max_prefill_tokens=limits.max_batch_prefill_tokens,
+            max_prefill_tokens=limits.step_tokens,
             max_total_tokens=limits.max_total_tokens,
         )
         answers = await self._each(lambda stub: stub.Warmup(request))
         supported, max_input, max_total = min(
             (a.max_supported_total_tokens, a.max_input_tokens, a.max_total_tokens) for a in answers
         )
-        fallback = max(_DEFAULT_TOTAL_TOKENS, max_total, limits.max_batch_prefill_tokens)
+        fallback = max(_DEFAULT_TOTAL_TOKENS, max_total, limits.step_tokens)
         return WarmupLimits(max_input, max_total, supported or fallback)
 
     async def prefill(

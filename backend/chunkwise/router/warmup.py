@@ -8,10 +8,13 @@ from chunkwise.config.settings import Limits
 from chunkwise.core import GenerationRequest, SamplingParams, ShardInfo, StoppingParams, UnsupportedModel, WarmupLimits
 from chunkwise.router.backlog import Capacity
 
+# Two cores take one to two seconds over so many tokens of a small model, and every running answer waits meanwhile.
+_CPU_STEP_TOKENS = 512
+
 
 def warmup_prompt(limits: Limits) -> GenerationRequest:
     """The largest prompt that one step may hold, as one request, with the parameters that TGI's router gives it."""
-    tokens = min(limits.max_batch_prefill_tokens, limits.max_input_tokens or limits.max_batch_prefill_tokens)
+    tokens = min(limits.step_tokens, limits.max_input_tokens or limits.step_tokens)
     return GenerationRequest(
         id=0,
         inputs="_test " * tokens,
@@ -25,9 +28,10 @@ def warmup_prompt(limits: Limits) -> GenerationRequest:
 
 
 def fit_limits(limits: Limits, info: ShardInfo) -> Limits:
-    """The limits with the prefill budget cut to the longest sequence the model can take, as TGI's launcher does."""
-    longest = info.max_position_embeddings or limits.max_batch_prefill_tokens
-    return replace(limits, max_batch_prefill_tokens=min(limits.max_batch_prefill_tokens, longest))
+    """The limits with the step's budget chosen for the device, if nobody did, and cut to the longest sequence that the
+    model can take, as TGI's launcher does."""
+    tokens = limits.max_batch_prefill_tokens or (_CPU_STEP_TOKENS if info.device_type == "cpu" else limits.step_tokens)
+    return replace(limits, max_batch_prefill_tokens=min(tokens, info.max_position_embeddings or tokens))
 
 
 def usable_limits(limits: Limits, answer: WarmupLimits, info: ShardInfo) -> WarmupLimits:
@@ -59,7 +63,7 @@ def capacity_of(limits: Limits, usable: WarmupLimits, info: ShardInfo) -> Capaci
     """What may run at once."""
     return Capacity(
         page_size=info.page_size,
-        prefill_tokens=limits.max_batch_prefill_tokens,
+        prefill_tokens=limits.step_tokens,
         total_tokens=usable.max_supported_total_tokens,
         batch_size=limits.max_batch_size,
         growth_tokens=limits.kv_growth_reserve,
