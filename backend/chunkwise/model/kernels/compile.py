@@ -27,7 +27,8 @@ def _cache_folder(configured: str | None) -> Path:
 
 
 # Read by numba when a function is decorated, so it has to be set before the first kernel is.
-numba.config.CACHE_DIR = str(_cache_folder(numba.config.CACHE_DIR))
+_CACHE = _cache_folder(numba.config.CACHE_DIR)
+numba.config.CACHE_DIR = str(_CACHE)
 
 # Sums may be reordered and fused, but NaN and infinity keep their meaning: the shard looks for them in the logits.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -47,7 +48,7 @@ def entry(function: Callable[..., Any]) -> Any:
 
     @wraps(function)
     def call(*args: Any) -> Any:
-        link()
+        link(_CACHE)
         return compiled(*args)
 
     return call

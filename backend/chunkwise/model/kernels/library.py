@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numba
 from llvmlite import ir
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
@@ -27,8 +26,8 @@ def offer(name: str, define: Callable[[ir.Module], object]) -> None:
     _waiting[name] = define
 
 
-def link() -> None:
-    """Makes every function that was offered callable by compiled code."""
+def link(folder: Path) -> None:
+    """Makes every function that was offered callable by compiled code; machine code is kept in ``folder``."""
     if not _waiting:
         return
     with global_compiler_lock:
@@ -37,7 +36,7 @@ def link() -> None:
             return
         codegen = cpu_target.target_context.codegen()
         digest = hashlib.blake2b(repr((names, codegen.magic_tuple())).encode(), digest_size=8).hexdigest()
-        file = Path(numba.config.CACHE_DIR) / f"tiles-{digest}"
+        file = folder / f"tiles-{digest}"
         try:
             codegen.unserialize_library(pickle.loads(file.read_bytes()))
         except (OSError, EOFError, pickle.UnpicklingError):
