@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from llguidance import LLTokenizer
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as FastTokenizer
 
@@ -93,6 +94,15 @@ PATTERNS = st.recursive(
 )
 
 
+def compiled(bytewise: GrammarCompiler, pattern: str) -> GrammarState:
+    try:
+        return bytewise.compile(regex(pattern))
+    except InvalidRequest as error:
+        # llguidance 1.9 panics over some overlapping alternatives, as ([😀-😎]|(😀|[😀-😎])): that request is refused.
+        assume("panic" not in str(error))
+        raise
+
+
 @settings(deadline=None, max_examples=200)
 @given(pattern=PATTERNS, data=st.data())
 def test_every_match_can_be_generated_and_may_end_exactly_where_it_matches(
@@ -100,7 +110,7 @@ def test_every_match_can_be_generated_and_may_end_exactly_where_it_matches(
 ) -> None:
     text = data.draw(st.from_regex(pattern, fullmatch=True))
     tokenizer = Tokenizer(tiny_dir)
-    state = bytewise.compile(regex(pattern))
+    state = compiled(bytewise, pattern)
     so_far = b""
     for id, byte in zip(ids_of(text, tokenizer), text.encode(), strict=True):
         next_ids = allowed(state)
@@ -122,7 +132,7 @@ def matches(pattern: str, answer: bytes) -> bool:
 @given(pattern=PATTERNS, seed=st.integers(0, 2**32))
 def test_whatever_is_generated_matches(tiny_dir: Path, bytewise: GrammarCompiler, pattern: str, seed: int) -> None:
     tokenizer = Tokenizer(tiny_dir)
-    ids = walk(bytewise.compile(regex(pattern)), random.Random(seed).choice, 60)
+    ids = walk(compiled(bytewise, pattern), random.Random(seed).choice, 60)
     assert all(id < 256 or id == EOS for id in ids), "no control token but the end"
     if ids[-1] == EOS:
         assert re.fullmatch(pattern, tokenizer.decode(ids[:-1]))
@@ -273,16 +283,21 @@ def test_a_tokenizer_or_model_that_grammars_cannot_use_refuses_requests_and_not_
         GrammarCompiler(tmp_path, ()).compile(regex("a"))
 
 
-def test_a_shard_without_grammars_does_not_read_the_tokenizer_for_them(tmp_path: Path) -> None:
-    """llguidance's form of a tokenizer is larger than the tokenizer itself."""
-    compiler = GrammarCompiler(tmp_path, {EOS})
+def test_llguidances_form_of_the_tokenizer_is_made_with_the_first_grammar_from_what_was_read_at_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[object] = []
+    monkeypatch.setattr(
+        "chunkwise.shard.grammar.LLTokenizer",
+        lambda *args, **options: made.append(args) or LLTokenizer(*args, **options),
+    )
     make_tokenizer(tmp_path)
+    compiler = GrammarCompiler(tmp_path, {EOS})
+    (tmp_path / "tokenizer.json").unlink()
+    assert not made
     assert compiler.compile(regex("a"))
-
-
-def test_a_tokenizer_that_is_gone_refuses_requests(tmp_path: Path) -> None:
-    with pytest.raises(InvalidRequest, match=r"this model serves no grammars .*No such file"):
-        GrammarCompiler(tmp_path, {EOS}).compile(regex("a"))
+    assert compiler.compile(regex("b"))
+    assert len(made) == 1
 
 
 def test_tokens_of_several_letters_and_byte_tokens(tmp_path: Path) -> None:

@@ -45,7 +45,7 @@ class Limits:
     @property
     def step_tokens(self) -> int:
         """Most tokens computed in one step; TGI's default if nothing else was chosen."""
-        return self.max_batch_prefill_tokens or 4096
+        return 4096 if self.max_batch_prefill_tokens is None else self.max_batch_prefill_tokens
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,8 @@ def warmup_prompt(limits: Limits) -> GenerationRequest:
 def fit_limits(limits: Limits, info: ShardInfo) -> Limits:
     """The limits with the step's budget chosen for the device, if nobody did, and cut to the longest sequence that the
     model can take, as TGI's launcher does."""
-    tokens = limits.max_batch_prefill_tokens or (_CPU_STEP_TOKENS if info.device_type == "cpu" else limits.step_tokens)
+    unset = limits.max_batch_prefill_tokens is None
+    tokens = _CPU_STEP_TOKENS if unset and info.device_type == "cpu" else limits.step_tokens
     return replace(limits, max_batch_prefill_tokens=min(tokens, info.max_position_embeddings or tokens))
 
 

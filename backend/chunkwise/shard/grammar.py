@@ -79,14 +79,15 @@ class GrammarCompiler:
     """
 
     def __init__(self, model_dir: Path, eos_ids: Collection[int]) -> None:
-        self._path = model_dir / "tokenizer.json"
+        # Read now: later the file may be another, and not for all ranks.
+        self._text = (model_dir / "tokenizer.json").read_text(encoding="utf-8")
         self._eos_ids = eos_ids
 
     @cached_property
-    def _tokenizer(self) -> LLTokenizer | ValueError | OSError:
+    def _tokenizer(self) -> LLTokenizer | ValueError:
         try:
-            return LLTokenizer(self._path.read_text(encoding="utf-8"), eos_token=sorted(self._eos_ids))
-        except (ValueError, OSError) as error:
+            return LLTokenizer(self._text, eos_token=sorted(self._eos_ids))
+        except ValueError as error:
             return error
 
     def compile(self, grammar: Grammar) -> GrammarState:
@@ -96,7 +97,7 @@ class GrammarCompiler:
             InvalidRequest: the grammar is malformed, too large or too complex, uses what llguidance does not implement,
                 or matches no text.
         """
-        if isinstance(self._tokenizer, ValueError | OSError):
+        if isinstance(self._tokenizer, ValueError):
             raise InvalidRequest(f"this model serves no grammars ({self._tokenizer}); leave grammar out")
         matcher = LLMatcher(self._tokenizer, _source(grammar), log_level=0, limits=_LIMITS)
         if not matcher.is_error():

@@ -1,4 +1,4 @@
-"""Brings one shard up: device, process group, model, adapters, last the socket, whose appearance means readiness."""
+"""Brings one shard up: device, process group, adapters, model, last the socket, whose appearance means readiness."""
 
 from __future__ import annotations
 

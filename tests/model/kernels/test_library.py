@@ -27,10 +27,20 @@ print(run(5), compiled.count("chunkwise_tiles"))
 """
 
 
-def run(cache: Path) -> str:
+FULL_DISK = """
+from chunkwise.model.kernels import library
+
+def full(file, data):
+    raise OSError(28, "No space left on device")
+
+library._write = full
+"""
+
+
+def run(cache: Path, before: str = "") -> str:
     # numba keeps nothing of functions without a file.
     script = cache / "script.py"
-    script.write_text(SCRIPT)
+    script.write_text(before + SCRIPT)
     done = subprocess.run(
         [sys.executable, script],
         env={**os.environ, "NUMBA_CACHE_DIR": str(cache)},
@@ -53,3 +63,8 @@ def test_a_spoilt_file_is_made_anew(tmp_path: Path) -> None:
     file.write_bytes(b"")
     assert run(tmp_path) == "42 1"
     assert run(tmp_path) == "42 0"
+
+
+def test_a_full_disk_costs_the_next_process_its_time_and_nothing_else(tmp_path: Path) -> None:
+    assert run(tmp_path, FULL_DISK) == "42 1"
+    assert run(tmp_path) == "42 1"

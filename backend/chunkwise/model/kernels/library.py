@@ -8,16 +8,17 @@ process before the first entry runs: from disk, or compiled.
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
-import tempfile
+import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from llvmlite import ir
 from numba.core.compiler_lock import global_compiler_lock
 from numba.core.registry import cpu_target
 
+# Tiles are made when modules are imported, and numba offers no object of ours to hang them on.
 _waiting: dict[str, Callable[[ir.Module], object]] = {}
 
 
@@ -47,7 +48,9 @@ def link(folder: Path) -> None:
                 _waiting[name](module)
             library.add_ir_module(module)
             library.finalize()
-            _write(file, pickle.dumps(library.serialize_using_object_code()))
+            # Without a folder to write to, the next process compiles again.
+            with suppress(OSError):
+                _write(file, pickle.dumps(library.serialize_using_object_code()))
         for name in names:
             del _waiting[name]
 
@@ -55,7 +58,9 @@ def link(folder: Path) -> None:
 def _write(file: Path, data: bytes) -> None:
     """At once or not at all: other processes may be doing the same."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=file.parent)
-    with os.fdopen(descriptor, "wb") as temporary:
-        temporary.write(data)
-    Path(name).replace(file)
+    temporary = file.with_name(f"{file.name}.{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)

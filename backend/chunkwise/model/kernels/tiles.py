@@ -53,8 +53,6 @@ from chunkwise.model.kernels.vector import (
     widen_half,
 )
 
-_REORDERED = {"fadd", "fsub", "fmul", "fdiv"}
-
 Body = Callable[[ir.IRBuilder, list[ir.Value]], "ir.Value | None"]
 Kernel = Callable[..., Any]
 
@@ -107,9 +105,6 @@ def _define(module: ir.Module, symbol: str, llvm: ir.FunctionType, body: Body) -
     function.attributes.add("noinline")
     b = ir.IRBuilder(function.append_basic_block())
     value = body(b, list(function.args))
-    # numba lets LLVM reorder whatever has no flags yet, and LLVM would do so in one tile and not in the other.
-    for instruction in (i for block in function.blocks for i in block.instructions if i.opname in _REORDERED):
-        instruction.flags.append("nsz")
     if value is None:
         b.ret_void()
     else:
