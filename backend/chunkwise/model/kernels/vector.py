@@ -77,7 +77,7 @@ class Mask(NamedTuple):
 
 
 def mask_below(b: ir.IRBuilder, count: ir.Value, lanes: int) -> Mask:
-    """The first ``count`` of ``lanes`` lanes; fewer than all."""
+    """The first ``count`` of ``lanes`` lanes."""
     kind = ir.VectorType(I32, lanes)
     below = b.icmp_signed("<", ir.Constant(kind, list(range(lanes))), spread(b, b.trunc(count, I32), kind))
     return Mask(below, count)
