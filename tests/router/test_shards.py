@@ -154,19 +154,22 @@ class FakeSteering(SteeringServiceServicer):
                 return
 
 
-async def started(shard: FakeServer, path: Path) -> grpc.aio.Server:
+async def started(shard: FakeServer, path: Path, *, steerable: bool = True) -> grpc.aio.Server:
     server = grpc.aio.server(options=[("grpc.max_receive_message_length", -1)])
     add_TextGenerationServiceServicer_to_server(shard, server)
-    add_SteeringServiceServicer_to_server(FakeSteering(shard), server)
+    if steerable:
+        add_SteeringServiceServicer_to_server(FakeSteering(shard), server)
     server.add_insecure_port(f"unix:{path}")
     await server.start()
     return server
 
 
 @asynccontextmanager
-async def group(path: Path, *, steered: bool = True) -> AsyncIterator[tuple[GrpcShards, list[FakeServer]]]:
+async def group(
+    path: Path, *, steered: bool = True, steerable: bool = True
+) -> AsyncIterator[tuple[GrpcShards, list[FakeServer]]]:
     ranks = [FakeServer(rank) for rank in range(2)]
-    servers = [await started(shard, path / f"s-{shard.rank}") for shard in ranks]
+    servers = [await started(shard, path / f"s-{shard.rank}", steerable=steerable) for shard in ranks]
     shards = await GrpcShards.connect([f"unix://{path}/s-{i}" for i in range(2)], steered=steered, deadline_s=10)
     try:
         yield shards, ranks
@@ -199,13 +202,14 @@ async def test_steps_reach_all_shards_and_one_answer_comes_back(tmp_path: Path) 
             assert rank.streamed == [2, 3]
 
 
-async def test_without_steering_decode_is_a_plain_call(tmp_path: Path) -> None:
-    """As a TGI router makes it: such a shard may know nothing of steering.v1."""
-    async with group(tmp_path, steered=False) as (shards, ranks):
+@pytest.mark.parametrize("steerable", [True, False])
+async def test_without_steering_steps_are_streamed_if_the_shards_can(tmp_path: Path, steerable: bool) -> None:
+    """A shard that knows nothing of steering.v1, as TGI's, gets plain calls."""
+    async with group(tmp_path, steered=False, steerable=steerable) as (shards, ranks):
         result = await shards.prefill([wire.request_from_pb(pb_request(7))], 9, None, 0, 0)
         result = await shards.decode([result.batch or CachedBatch(0, (), 0, 0)], 0, 0)
         assert len(result.generations) == 1
-        assert [rank.streamed for rank in ranks] == [[], []]
+        assert [rank.streamed for rank in ranks] == [[0] if steerable else []] * 2
 
 
 async def test_a_step_may_be_sent_while_another_runs_and_be_given_up(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from chunkwise.pb import generate_pb2 as pb
 from chunkwise.pb import steering_pb2 as steer_pb
 from chunkwise.pb.generate_pb2_grpc import TextGenerationServiceStub
 from chunkwise.pb.steering_pb2_grpc import SteeringServiceStub
-from chunkwise.router.decode_stream import DecodeStream
+from chunkwise.router.decode_stream import Call, DecodeStream
 from chunkwise.router.shard_group import ShardLost, Shards
 from chunkwise.router.warmup import warmup_prompt
 
@@ -90,6 +90,16 @@ async def _all(calls: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
             task.cancel()
 
 
+async def _streams_steps(call: Call) -> bool:
+    """Whether a shard has the stream of steps; ``call`` is one without any. If it fails otherwise, so will the next."""
+    try:
+        await call.done_writing()
+        await call.read()
+    except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        return await call.code() is not grpc.StatusCode.UNIMPLEMENTED
+    return True
+
+
 def _identity(info: ShardInfo) -> ShardInfo:
     return replace(info, device_type="")
 
@@ -99,7 +109,8 @@ def _target(url: str) -> str:
 
 
 class GrpcShards:
-    """`Shards` over generate.v3 and, if steered, two steering.v1 streams per shard. Made by `connect`."""
+    """`Shards` over generate.v3 and two streams per shard of steering.v1: Decode where the shards have it, Steer if
+    steered. Made by `connect`."""
 
     def __init__(self, urls: Sequence[str]) -> None:
         self._urls = tuple(urls)
@@ -111,7 +122,8 @@ class GrpcShards:
 
     @classmethod
     async def connect(cls, urls: Sequence[str], *, steered: bool, deadline_s: float) -> GrpcShards:
-        """Waits until every shard answers, for ``deadline_s`` seconds at most, and opens the steering session.
+        """Waits until every shard answers, for ``deadline_s`` seconds at most, and opens the streams. Shards that know
+        nothing of steering.v1, as TGI's, will do unless ``steered``.
 
         Raises:
             ShardLost: a shard did not answer in time.
@@ -120,9 +132,10 @@ class GrpcShards:
         deadline = asyncio.get_running_loop().time() + deadline_s
         try:
             await _all([shards._reach(rank, deadline) for rank in range(len(urls))])
+            stubs = [SteeringServiceStub(channel) for channel in shards._channels]
             if steered:
-                stubs = [SteeringServiceStub(channel) for channel in shards._channels]
                 shards._steers = [stub.Steer() for stub in stubs]
+            if steered or all(await _all([_streams_steps(stub.Decode()) for stub in stubs])):
                 shards._decodes = [DecodeStream(url, stub.Decode()) for url, stub in zip(urls, stubs, strict=True)]
         except BaseException:
             await shards.close()
