@@ -33,8 +33,8 @@ def _part(total, me, team):
 
 @kernel
 def _quantize(b, row, width, kind):
-    """``inputs[row]`` as ``shorts[row]`` with one scale, as large as `tiles.largest_activation` allows, and for a
-    matrix of 4 bits the sums of its groups."""
+    """``inputs[row]`` as ``shorts[row]`` with one scale, as large as `tile_products.largest_activation` allows, and for
+    a matrix of 4 bits the sums of its groups."""
     values = carray(as_pointer(b.inputs + 4 * row * width), width, np.float32)
     shorts = carray(as_pointer(b.shorts + 2 * row * width), width, np.int16)
     largest, poison = np.float32(0.0), np.float32(0.0)

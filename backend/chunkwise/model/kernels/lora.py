@@ -11,49 +11,28 @@ from numba import carray
 
 from chunkwise.model.kernels.compile import kernel
 from chunkwise.model.kernels.product import multiply_floats
-from chunkwise.model.kernels.tiles import FLOAT_ROWS, STRIP, as_pointer, expand_tile
+from chunkwise.model.kernels.tile_products import FLOAT_ROWS, STRIP
+from chunkwise.model.kernels.tile_products import expand as expand_tile
+from chunkwise.model.kernels.tiles import as_pointer
 from chunkwise.model.kernels.vector import LANES
 from chunkwise.model.kernels.views import TARGETS
 
-_wide_1, _wide_2, _wide_3, _wide_4 = (expand_tile(4, rows) for rows in range(1, 5))
-_narrow_1, _narrow_2, _narrow_3, _narrow_4 = (expand_tile(1, rows) for rows in range(1, 5))
-_rest_1, _rest_2, _rest_3, _rest_4 = (expand_tile(0, rows) for rows in range(1, 5))
+_wide, _narrow, _rest = expand_tile(4), expand_tile(1), expand_tile(0)
 
 # Rows of A per task: enough to read memory in long runs, few enough to share a small rank among threads.
 _TASK_ROWS = 8
 
 
 @kernel
-def _strip(rows, h, ldh, matrix, ldm, k, y, ldy, columns):
-    """`STRIP` columns, a vector of them, or fewer than a vector, for 1 to 4 rows."""
+def _strip(h, ldh, matrix, ldm, k, y, ldy, columns, rows):
+    """`STRIP` columns, a vector of them, or fewer than a vector, for 1 to `FLOAT_ROWS` rows."""
     if columns >= STRIP:
-        if rows == 1:
-            _wide_1(h, ldh, matrix, ldm, k, y, ldy, columns)
-        elif rows == 2:
-            _wide_2(h, ldh, matrix, ldm, k, y, ldy, columns)
-        elif rows == 3:
-            _wide_3(h, ldh, matrix, ldm, k, y, ldy, columns)
-        else:
-            _wide_4(h, ldh, matrix, ldm, k, y, ldy, columns)
+        _wide(h, ldh, matrix, ldm, k, y, ldy, columns, rows)
         return STRIP
     if columns >= LANES:
-        if rows == 1:
-            _narrow_1(h, ldh, matrix, ldm, k, y, ldy, columns)
-        elif rows == 2:
-            _narrow_2(h, ldh, matrix, ldm, k, y, ldy, columns)
-        elif rows == 3:
-            _narrow_3(h, ldh, matrix, ldm, k, y, ldy, columns)
-        else:
-            _narrow_4(h, ldh, matrix, ldm, k, y, ldy, columns)
+        _narrow(h, ldh, matrix, ldm, k, y, ldy, columns, rows)
         return LANES
-    if rows == 1:
-        _rest_1(h, ldh, matrix, ldm, k, y, ldy, columns)
-    elif rows == 2:
-        _rest_2(h, ldh, matrix, ldm, k, y, ldy, columns)
-    elif rows == 3:
-        _rest_3(h, ldh, matrix, ldm, k, y, ldy, columns)
-    else:
-        _rest_4(h, ldh, matrix, ldm, k, y, ldy, columns)
+    _rest(h, ldh, matrix, ldm, k, y, ldy, columns, rows)
     return columns
 
 
@@ -64,7 +43,7 @@ def accumulate(rows, h, ldh, matrix, ldm, k, y, ldy, columns):
         c = 0
         while c < columns:
             at, to = h + 4 * t * ldh, y + 4 * (t * ldy + c)
-            c += _strip(min(FLOAT_ROWS, rows - t), at, ldh, matrix + 4 * c, ldm, k, to, ldy, columns - c)
+            c += _strip(at, ldh, matrix + 4 * c, ldm, k, to, ldy, columns - c, min(FLOAT_ROWS, rows - t))
 
 
 @kernel
