@@ -17,7 +17,6 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from chunkwise_adapters.store import ResidentAdapter
@@ -94,11 +93,12 @@ class LoraSegment:
         """Whether every token has the whole of the rung, at weight 1."""
         return all(run.rung == self.rung and run.weight == 1.0 and run.previous_weight == 0.0 for run in self.runs)
 
-    def row_numbers(self) -> NDArray[np.int64]:
+    def row_numbers(self) -> Sequence[int]:
         """``rows`` as numbers, in order."""
         if isinstance(self.rows, slice):
-            return np.arange(self.rows.start, self.rows.stop)
-        return self.rows.numpy(force=True)
+            return range(self.rows.start, self.rows.stop)
+        numbers: list[int] = self.rows.tolist()
+        return numbers
 
     def _compute(self, active_ranks: tuple[int, ...]) -> Tensor | None:
         if self.plain:

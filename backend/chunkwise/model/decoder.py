@@ -18,15 +18,15 @@ from chunkwise.model.step import StepInput
 
 
 class Decoder(Protocol):
-    """All layers of one rank, and its part of the head."""
+    """The embedding, all layers of one rank, and its part of the head."""
 
-    def run(self, x: Tensor, step: StepInput, cache: KvCache) -> tuple[Tensor, Tensor | None]:
-        """Embedded tokens ``x`` [T, hidden] to hidden states [T, hidden], good until the next call, and the attention
-        spread [S] where this rank reports it. Writes keys and values to ``cache``."""
+    def run(self, step: StepInput, cache: KvCache) -> tuple[Tensor, Tensor | None]:
+        """The hidden states [T, hidden] of the step's tokens, good until the next call, and the attention spread [S]
+        where this rank reports it. Writes keys and values to ``cache``."""
         ...
 
-    def logits(self, x: Tensor) -> Tensor:
-        """Hidden states [n, hidden] to this rank's columns of the logits, fp32 [n, local vocabulary]."""
+    def logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        """This rank's columns of the logits, fp32 [n, local vocabulary], of the ``rows`` [n] of hidden states ``x``."""
         ...
 
 
@@ -47,8 +47,9 @@ class TorchDecoder:
         self._rotary = rotary
         self._signal_layers = signal_layers(spec, group.rank)
 
-    def run(self, x: Tensor, step: StepInput, cache: KvCache) -> tuple[Tensor, Tensor | None]:
+    def run(self, step: StepInput, cache: KvCache) -> tuple[Tensor, Tensor | None]:
         """See `Decoder`."""
+        x = self._embed(step.ids)
         attention = PagedAttention(cache, step)
         angles = self._rotary.angles(step.positions, x.dtype)
         spreads: list[Tensor] = []
@@ -61,9 +62,17 @@ class TorchDecoder:
             x = x + self._mlp(layer, x, step)
         return x, torch.stack(spreads).mean(dim=0) if spreads else None
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, rows: Tensor) -> Tensor:
         """See `Decoder`."""
-        return self._weights.head.times(self._norm_of(x, self._weights.norm)).float()
+        return self._weights.head.times(self._norm_of(x[rows], self._weights.norm)).float()
+
+    def _embed(self, ids: Tensor) -> Tensor:
+        table, dtype = self._weights.embedding, self._weights.norm.dtype
+        if self._group.world_size == 1:
+            return table.rows(ids, dtype)
+        local = ids - self._plan.vocab.start
+        mine = (local >= 0) & (local < table.shape[0])
+        return self._group.sum_(table.rows(local.where(mine, 0), dtype).masked_fill_(~mine[:, None], 0.0))
 
     def _norm_of(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, (self._spec.hidden,), weight, self._spec.norm_eps)

@@ -104,15 +104,14 @@ class CudaGraph:
 
 
 class _Buffers:
-    """What a graph reads: the embedded tokens and the step, in tensors that stay where they are."""
+    """What a graph reads: the step, in tensors that stay where they are."""
 
-    def __init__(self, key: GraphKey, step: StepInput, x: Tensor, pages: int, lora: Any, segments: Any) -> None:
+    def __init__(self, key: GraphKey, step: StepInput, pages: int, lora: Any, segments: Any) -> None:
         n = key.sequences
-        self.x = x.new_zeros(n, x.shape[1])
-        self._table = PageTable(n, pages, key.mixed, x.device)
+        self._table = PageTable(n, pages, key.mixed, step.ids.device)
         self._lora = lora
         self.step = TabledStep(
-            ids=step.ids,
+            ids=step.ids.new_zeros(n),
             positions=step.positions.new_zeros(n),
             slots=step.slots.new_zeros(n),
             last_rows=step.last_rows,
@@ -123,9 +122,10 @@ class _Buffers:
             table=self._table,
         )
 
-    def load(self, x: Tensor, step: StepInput, plan: StepPlan) -> None:
+    def load(self, step: StepInput, plan: StepPlan) -> None:
         """Fill the buffers. Rows beyond the step's write to slot 0, which is padding's, and attend to it alone."""
-        for buffer, values in ((self.x, x), (self.step.positions, step.positions), (self.step.slots, step.slots)):
+        for name in ("ids", "positions", "slots"):
+            buffer, values = getattr(self.step, name), getattr(step, name)
             buffer[: len(values)].copy_(values)
             buffer[len(values) :].zero_()
         self._table.load([span.pages for span in step.spans], [span.context for span in step.spans])
@@ -158,20 +158,20 @@ class GraphDecoder:
         self._graphs: dict[GraphKey, _Captured] = {}
         self._cache: Callable[[], KvCache | None] = lambda: None
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, rows: Tensor) -> Tensor:
         """See `Decoder`."""
-        return self._inner.logits(x)
+        return self._inner.logits(x, rows)
 
-    def run(self, x: Tensor, step: StepInput, cache: KvCache) -> Result:
+    def run(self, step: StepInput, cache: KvCache) -> Result:
         """See `Decoder`."""
         if not fits_a_graph(step):
-            return self._inner.run(x, step, cache)
+            return self._inner.run(step, cache)
         plan = plan_step(step.segments, self._blocks.small_tile, self._described)
         key = graph_key(step, plan.needs.rank)
         if not self._capacity(key).fits(plan.needs):
-            return self._inner.run(x, step, cache)
-        captured = self._captured(key, x, step, plan, cache)
-        captured.buffers.load(x, step, plan)
+            return self._inner.run(step, cache)
+        captured = self._captured(key, step, plan, cache)
+        captured.buffers.load(step, plan)
         captured.graph.replay()
         hidden, spread = captured.result
         n = len(step.spans)
@@ -181,19 +181,19 @@ class GraphDecoder:
         n, modules = key.sequences, module_index((self._spec.layers, TARGETS[0]))
         return Capacity(self._blocks.small_tile, n, n, key.rank, n, _RUNGS, modules)
 
-    def _captured(self, key: GraphKey, x: Tensor, step: StepInput, plan: StepPlan, cache: KvCache) -> _Captured:
+    def _captured(self, key: GraphKey, step: StepInput, plan: StepPlan, cache: KvCache) -> _Captured:
         if self._cache() is not cache:
             # The graphs hold the addresses of another cache. A weak reference, or they would hold its memory as well.
             self._graphs.clear()
             self._cache = ref(cache)
         if key not in self._graphs:
             pages = -(-self._spec.max_position // cache.shape.page_size)
-            lora = self._ops.LoraStep(self._capacity(key), x.device, self._blocks) if key.rank else None
+            lora = self._ops.LoraStep(self._capacity(key), step.ids.device, self._blocks) if key.rank else None
             segments = self._ops.PreparedSegments.of(lora) if key.rank else ()
-            buffers = _Buffers(key, step, x, pages, lora, segments)
-            buffers.load(x, step, plan)
+            buffers = _Buffers(key, step, pages, lora, segments)
+            buffers.load(step, plan)
             graph = self._new_graph()
-            result = graph.record(lambda: self._inner.run(buffers.x, buffers.step, cache))
+            result = graph.record(lambda: self._inner.run(buffers.step, cache))
             self._graphs[key] = _Captured(buffers, graph, result)
         return self._graphs[key]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import accumulate
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate, chain, pairwise
+from typing import NamedTuple
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from chunkwise.core import KvFormat, UnsupportedModel
@@ -37,7 +38,7 @@ from chunkwise.model.parallel import Group, ShardPlan
 from chunkwise.model.rotary import Rotary
 from chunkwise.model.spec import TARGETS as TARGET_NAMES
 from chunkwise.model.spec import ModelSpec
-from chunkwise.model.step import StepInput, StepSpan
+from chunkwise.model.step import StepInput
 from chunkwise_adapters.gate import LoraSegment
 from chunkwise_adapters.store import ResidentAdapter
 
@@ -104,10 +105,13 @@ def _model_view(spec: ModelSpec, plan: ShardPlan, weights: Weights, rotary: Rota
         norms=_ints([[_address(layer.input_norm), _address(layer.mlp_norm)] for layer in weights.layers]),
         outs=_ints([projection.weight.shape[0] for projection in layers[0]]),
         ins=_ints([projection.weight.shape[1] for projection in layers[0]]),
-        first_target=_ints(list(accumulate((len(projection.columns) for projection in layers[0]), initial=0))),
+        first_target=_ints(_starts(len(projection.columns) for projection in layers[0])),
         columns=_ints([[part.start, part.stop] for part in columns]),
         signal=_ints([signals.index(i) if i in signals else -1 for i in range(spec.layers)]),
         final_norm=_address(weights.norm),
+        embedding=_address(weights.embedding.data),
+        embedding_scales=_address(weights.embedding.scales),
+        first_id=plan.vocab.start,
         head=_address(weights.head.data),
         head_scales=_address(weights.head.scales),
         cos=_address(rotary.cos),
@@ -138,7 +142,7 @@ class _Buffers:
         rows, rank, self.size = size.rows, size.rank, size
         self.x = torch.empty(rows, m.hidden)
         self.partial = torch.empty(rows, m.hidden)
-        self.spread = torch.empty(max(int(m.signal.max()) + 1, 1), rows)
+        self.spread = torch.empty(max(int(m.signal.max()) + 1, 1) * rows)
         self._tickets = np.zeros(m.layers, dtype=np.int64)
         floats = -(-scratch_floats(m.heads, m.kv_heads, m.head_dim, size.page) // 16) * 16
         self._others = (
@@ -173,12 +177,9 @@ class _Buffers:
             spread=self.spread.data_ptr(),
         )
 
-    def start(self, x: Tensor) -> Tensor:
-        """Takes the embedded tokens; returns where the residual stream lies."""
+    def begin(self) -> None:
+        """What a step expects."""
         self._tickets[:] = 0
-        self.partial[: x.shape[0]] = 0.0
-        stream = self.x[: x.shape[0]]
-        return stream.copy_(x)
 
 
 def _cache_view(cache: KvCache) -> CacheView:
@@ -191,10 +192,39 @@ def _cache_view(cache: KvCache) -> CacheView:
     )
 
 
-def _encode(spans: Sequence[StepSpan]) -> tuple[Ints, Ints]:
-    """Page tables one after another, and where each begins."""
-    pages = [PAGE_FORMATS * page.number + page.format for span in spans for page in span.pages]
-    return _ints(pages), _ints(list(accumulate((len(span.pages) for span in spans), initial=0)))
+def _starts(lengths: Iterable[int]) -> list[int]:
+    """Where each of consecutive parts begins, and where the last one ends."""
+    return list(accumulate(lengths, initial=0))
+
+
+def _tables(lists: Mapping[str, Sequence[int]]) -> dict[str, Ints]:
+    """Every list as an array, all of them in one piece of memory: to make a dozen small arrays takes longer."""
+    numbers, bounds = _ints(list(chain.from_iterable(lists.values()))), _starts(map(len, lists.values()))
+    return {name: numbers[start:stop] for name, (start, stop) in zip(lists, pairwise(bounds), strict=True)}
+
+
+class _Groups(NamedTuple):
+    """What `StepView` says of the adapters of LoRA groups; and the most columns that a module's shrink output has."""
+
+    a: Ints
+    b: Ints
+    ranks: Ints
+    rung_ranks: NDArray[np.int64]
+    most: int
+
+
+def _group(adapters: Sequence[_Adapter], rungs: Sequence[int], modules: int) -> _Groups:
+    rung_ranks = np.zeros((len(adapters), max((len(a.ranks) for a in adapters), default=1), modules), dtype=np.int64)
+    for i, adapter in enumerate(adapters):
+        rung_ranks[i, : len(adapter.ranks)] = adapter.ranks
+    ranks = _ints([adapter.ranks[rung] for adapter, rung in zip(adapters, rungs, strict=True)]).reshape(-1, modules)
+    return _Groups(
+        a=_ints([adapter.a for adapter in adapters]).reshape(-1, modules),
+        b=_ints([adapter.b for adapter in adapters]).reshape(-1, modules),
+        ranks=ranks,
+        rung_ranks=rung_ranks,
+        most=int(ranks.max(initial=1)),
+    )
 
 
 class KernelDecoder:
@@ -223,36 +253,33 @@ class KernelDecoder:
         self._team = Team(threads)
         self._buffers = _Buffers(self._model, _Size(), self._team)
         self._adapters: WeakKeyDictionary[ResidentAdapter, _Adapter] = WeakKeyDictionary()
+        self._signals = bool((self._model.signal >= 0).any())
+        # Of the step before: the same adapters and the same cache mostly come again.
+        self._grouped: tuple[list[tuple[_Adapter, int]], _Groups] = ([], _group([], [], self._layers * TARGETS))
+        self._cached: tuple[Callable[[], KvCache | None], CacheView | None] = (lambda: None, None)
 
-    def run(self, x: Tensor, step: StepInput, cache: KvCache) -> tuple[Tensor, Tensor | None]:
+    def run(self, step: StepInput, cache: KvCache) -> tuple[Tensor, Tensor | None]:
         """See `Decoder`."""
-        view = self._step_view(step)
-        assert STRETCH % cache.shape.page_size == 0, f"pages of {cache.shape.page_size} do not divide {STRETCH} keys"
-        pools = _cache_view(cache)
-        rank, records = int(view.ranks.max(initial=1)), int(view.first_record[-1])
-        buffers = self._reserve(_Size(x.shape[0], rank, records, cache.shape.page_size))
-        stream = buffers.start(x)
-        partial, blocks = buffers.partial[: x.shape[0]], 2 * self._model.layers
+        groups = self._groups_of(step.segments)
+        view = self._step_view(step, groups)
+        size = _Size(view.tokens, groups.most, int(view.first_record[-1]), cache.shape.page_size)
+        buffers = self._reserve(size)
+        buffers.begin()
+        pools, blocks = self._cache_view(cache), 2 * self._model.layers + 2
         # Several ranks add up their partial sums behind each block.
-        size = blocks if self._group.world_size == 1 else 1
-        for block in range(0, blocks, size):
-            self._team.run(decoder, self._model, buffers.view, view, pools, block, block + size)
-            if size == 1:
-                self._group.sum_(partial)
-        stream += partial
-        signals = int(self._model.signal.max()) + 1
-        if signals == 0:
-            return stream, None
-        spread = buffers.spread.view(-1)[: signals * view.sequences].view(signals, view.sequences)
-        return stream, spread.mean(dim=0)
+        at_once = blocks if self._group.world_size == 1 else 1
+        for block in range(0, blocks, at_once):
+            self._team.run(decoder, self._model, buffers.view, view, pools, block, block + at_once)
+            if block + at_once < blocks:
+                self._group.sum_(buffers.partial[: view.tokens])
+        return buffers.x[: view.tokens], buffers.spread[: view.sequences].clone() if self._signals else None
 
-    def logits(self, x: Tensor) -> Tensor:
+    def logits(self, x: Tensor, rows: Tensor) -> Tensor:
         """See `Decoder`."""
-        rows, out = x.contiguous(), torch.empty(x.shape[0], self._model.vocab)
-        if x.shape[0] == 0:
-            return out
-        buffers = self._reserve(_Size(rows=x.shape[0]))
-        self._team.run(head, self._model, buffers.view, rows.data_ptr(), rows.shape[0], out.data_ptr())
+        out = torch.empty(rows.shape[0], self._model.vocab)
+        if rows.shape[0] > 0:
+            buffers = self._reserve(_Size(rows=rows.shape[0]))
+            self._team.run(head, self._model, buffers.view, _address(x), rows.numpy(), out.data_ptr())
         return out
 
     def _reserve(self, size: _Size) -> _Buffers:
@@ -261,24 +288,55 @@ class KernelDecoder:
             self._buffers = _Buffers(self._model, size, self._team)
         return self._buffers
 
-    def _step_view(self, step: StepInput) -> StepView:
-        pages, first_page = _encode(step.spans)
-        tasks = [tasks_of(span.tokens, span.context, self._model.kv_heads) for span in step.spans]
-        records = [count if span.tokens == 1 else 0 for count, span in zip(tasks, step.spans, strict=True)]
+    def _cache_view(self, cache: KvCache) -> CacheView:
+        known, view = self._cached
+        if view is None or known() is not cache:
+            size = cache.shape.page_size
+            assert STRETCH % size == 0, f"pages of {size} do not divide {STRETCH} keys"
+            view = _cache_view(cache)
+            self._cached = ref(cache), view
+        return view
+
+    def _step_view(self, step: StepInput, groups: _Groups) -> StepView:
+        spans, segments = step.spans, step.segments
+        tasks = [tasks_of(span.tokens, span.context, self._model.kv_heads) for span in spans]
+        rows = [segment.row_numbers() for segment in segments]
+        plain = [segment.plain for segment in segments]
+        # Gates that are 1 everywhere are not looked at.
+        gated = [] if all(plain) else [run for segment in segments for run in segment.runs for _ in range(run.n_tokens)]
+        tables = _tables(
+            {
+                "first_row": [span.first_row for span in spans],
+                "lengths": [span.tokens for span in spans],
+                "contexts": [span.context for span in spans],
+                "first_page": _starts(len(span.pages) for span in spans),
+                "pages": [PAGE_FORMATS * page.number + page.format for span in spans for page in span.pages],
+                "first_task": _starts(tasks),
+                "first_record": _starts(
+                    count if span.tokens == 1 else 0 for count, span in zip(tasks, spans, strict=True)
+                ),
+                "first_member": _starts(map(len, rows)),
+                "rows": list(chain.from_iterable(rows)),
+                "consecutive": [part[-1] - part[0] + 1 == len(part) for part in rows],
+                "plain": plain,
+                "rung": [run.rung for run in gated],
+                "previous_rung": [run.previous_rung for run in gated],
+            }
+        )
         return StepView(
             tokens=step.ids.shape[0],
-            sequences=len(step.spans),
-            groups=len(step.segments),
-            positions=_ints(step.positions.numpy()),
-            slots=_ints(step.slots.numpy()),
-            first_row=_ints([span.first_row for span in step.spans]),
-            lengths=_ints([span.tokens for span in step.spans]),
-            contexts=_ints([span.context for span in step.spans]),
-            first_page=first_page,
-            pages=pages,
-            first_task=_ints(list(accumulate(tasks, initial=0))),
-            first_record=_ints(list(accumulate(records, initial=0))),
-            **self._groups(step.segments),
+            sequences=len(spans),
+            groups=len(segments),
+            ids=step.ids.numpy(),
+            positions=step.positions.numpy(),
+            slots=step.slots.numpy(),
+            a=groups.a,
+            b=groups.b,
+            ranks=groups.ranks,
+            rung_ranks=groups.rung_ranks,
+            weight=np.array([run.weight for run in gated], dtype=np.float32),
+            previous_weight=np.array([run.previous_weight for run in gated], dtype=np.float32),
+            **tables,
         )
 
     def _adapter(self, adapter: ResidentAdapter) -> _Adapter:
@@ -286,27 +344,9 @@ class KernelDecoder:
             self._adapters[adapter] = _Adapter(adapter, self._layers)
         return self._adapters[adapter]
 
-    def _groups(self, segments: Sequence[LoraSegment]) -> dict[str, Any]:
-        """The LoRA fields of `StepView`."""
-        modules, adapters = self._layers * TARGETS, [self._adapter(segment.adapter) for segment in segments]
-        rungs = max((len(adapter.ranks) for adapter in adapters), default=1)
-        rung_ranks = np.zeros((len(segments), rungs, modules), dtype=np.int64)
-        for i, adapter in enumerate(adapters):
-            rung_ranks[i, : len(adapter.ranks)] = adapter.ranks
-        rows = [segment.row_numbers() for segment in segments]
-        runs = np.array([run for segment in segments for run in segment.runs], dtype=np.float64).reshape(-1, 5)
-        members = np.repeat(runs, runs[:, 0].astype(np.int64), axis=0)
-        return {
-            "first_member": _ints(list(accumulate((len(part) for part in rows), initial=0))),
-            "rows": _ints(np.concatenate(rows) if rows else []),
-            "consecutive": _ints([part[-1] - part[0] + 1 == len(part) for part in rows]),
-            "plain": _ints([segment.plain for segment in segments]),
-            "a": _ints([adapter.a for adapter in adapters]).reshape(-1, modules),
-            "b": _ints([adapter.b for adapter in adapters]).reshape(-1, modules),
-            "ranks": _ints([a.ranks[s.rung] for a, s in zip(adapters, segments, strict=True)]).reshape(-1, modules),
-            "rung_ranks": rung_ranks,
-            "rung": _ints(members[:, 1]),
-            "weight": np.ascontiguousarray(members[:, 2], dtype=np.float32),
-            "previous_rung": _ints(members[:, 3]),
-            "previous_weight": np.ascontiguousarray(members[:, 4], dtype=np.float32),
-        }
+    def _groups_of(self, segments: Sequence[LoraSegment]) -> _Groups:
+        key = [(self._adapter(segment.adapter), segment.rung) for segment in segments]
+        if key != self._grouped[0]:
+            adapters, rungs = [adapter for adapter, _ in key], [rung for _, rung in key]
+            self._grouped = key, _group(adapters, rungs, self._layers * TARGETS)
+        return self._grouped[1]

@@ -68,7 +68,7 @@ class Llama:
             storage=self.storage,
             lora=lora or choose_op(device),
         )
-        self._embedding = weights.embedding
+        self._no_scores = torch.empty(0, device=device)
         self._observe_scored: Callable[[Tensor], None] | None = None
         rotary = Rotary(self.spec, device)
         self._decoder: Decoder
@@ -91,26 +91,20 @@ class Llama:
     @torch.inference_mode()
     def forward(self, step: StepInput, cache: KvCache) -> StepOutput:
         """One step: writes keys and values to ``cache`` and returns next-token logits of every sequence."""
-        x, spread = self._decoder.run(self._embed(step.ids), step, cache)
-        return StepOutput(self._logits(x[step.last_rows]), self._scores(x, step), spread)
+        x, spread = self._decoder.run(step, cache)
+        return StepOutput(self._logits(x, step.last_rows), self._scores(x, step), spread)
 
-    def _embed(self, ids: Tensor) -> Tensor:
-        if self.group.world_size == 1:
-            return self._embedding.rows(ids, self.dtype)
-        local = ids - self.plan.vocab.start
-        mine = (local >= 0) & (local < self._embedding.data.shape[0])
-        rows = self._embedding.rows(local.where(mine, 0), self.dtype)
-        return self.group.sum_(rows.masked_fill_(~mine[:, None], 0.0))
-
-    def _logits(self, x: Tensor) -> Tensor:
-        return self.group.gather_columns(self._decoder.logits(x), self.spec.vocab)
+    def _logits(self, x: Tensor, rows: Tensor) -> Tensor:
+        return self.group.gather_columns(self._decoder.logits(x, rows), self.spec.vocab)
 
     def _scores(self, x: Tensor, step: StepInput) -> Tensor:
+        if step.scored_rows.shape[0] == 0:
+            return self._no_scores
         # Some rows at a time: the logits of a whole prompt would be far larger than the model.
-        parts = [x.new_empty(0, dtype=torch.float32)]
+        parts = []
         for start in range(0, step.scored_rows.shape[0], _SCORED_ROWS):
             rows, ids = (t[start : start + _SCORED_ROWS] for t in (step.scored_rows, step.scored_ids))
-            logits = self._logits(x[rows])
+            logits = self._logits(x, rows)
             if self._observe_scored is not None:
                 self._observe_scored(logits)
             parts.append(logits.log_softmax(dim=-1).gather(1, ids[:, None])[:, 0])

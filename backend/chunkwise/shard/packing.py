@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from itertools import chain
 
 import torch
-from torch import Tensor
 
 from chunkwise.model.step import StepInput, StepSpan
 from chunkwise.shard.scheduler import Span
@@ -51,17 +51,20 @@ def pack(spans: SequenceOf[Span], page_size: int, device: torch.device) -> StepI
             positions.append(position)
             slots.append(sequence.pages[page].number * page_size + offset)
 
-    def tensor(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
-
     scored = [pair for span, row in zip(spans, first_rows, strict=True) for pair in _scored(span, row)]
+    lists = {
+        "ids": ids,
+        "positions": positions,
+        "slots": slots,
+        "last_rows": [row + span.tokens - 1 for row, span in zip(first_rows, spans, strict=True)],
+        "scored_rows": [row for row, _ in scored],
+        "scored_ids": [id for _, id in scored],
+    }
+    # One tensor, and on a GPU one copy, for all of them.
+    numbers = torch.tensor(list(chain.from_iterable(lists.values())), dtype=torch.int64, device=device)
+    tensors = dict(zip(lists, torch.split(numbers, [len(values) for values in lists.values()]), strict=True))
     return StepInput(
-        ids=tensor(ids),
-        positions=tensor(positions),
-        slots=tensor(slots),
-        last_rows=tensor([row + span.tokens - 1 for row, span in zip(first_rows, spans, strict=True)]),
-        scored_rows=tensor([row for row, _ in scored]),
-        scored_ids=tensor([id for _, id in scored]),
+        **tensors,
         spans=tuple(
             StepSpan(row, span.tokens, span.sequence.slot(span.context), span.sequence.pages)
             for row, span in zip(first_rows, spans, strict=True)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -56,6 +58,25 @@ def test_every_thread_gets_the_arguments_of_every_run() -> None:
     for value in range(0, 300, 10):
         team.run(mark, team.sync, place.ctypes.data, value)
         assert place.tolist() == [value, value + 1, value + 2]
+
+
+@entry
+def fill(sync, values, value, me, team):
+    for i in range(me, len(values), team):
+        values[i] = value
+    meet(sync, team)
+
+
+def test_nothing_of_a_run_is_kept() -> None:
+    team, values = Team(3), np.zeros(64)
+    team.run(fill, team.sync, values, 2.0)
+    assert (values == 2.0).all()
+    kept = weakref.ref(values)
+    del values
+    deadline = time.monotonic() + 60
+    while kept() is not None:
+        assert time.monotonic() < deadline, "a thread of the team holds what the run was given"
+        time.sleep(0.001)
 
 
 def test_threads_end_when_their_team_is_dropped() -> None:

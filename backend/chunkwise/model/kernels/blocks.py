@@ -15,11 +15,23 @@ from numba import carray
 from chunkwise.model.kernels.attention import attend, join
 from chunkwise.model.kernels.compile import entry, kernel
 from chunkwise.model.kernels.lora import expand, shrink
-from chunkwise.model.kernels.product import multiply
+from chunkwise.model.kernels.product import bytes_per_row, multiply
 from chunkwise.model.kernels.team import meet
 from chunkwise.model.kernels.tiles import as_pointer, silu_multiply
 from chunkwise.model.kernels.vector import LANES
-from chunkwise.model.kernels.views import DOWN, FULL_PAGE, GATE_UP, INT4, INT8, KEYS, NONE, OUTPUT, QKV, VALUES
+from chunkwise.model.kernels.views import (
+    BFLOAT16,
+    DOWN,
+    FULL_PAGE,
+    GATE_UP,
+    INT4,
+    INT8,
+    KEYS,
+    NONE,
+    OUTPUT,
+    QKV,
+    VALUES,
+)
 
 _COLUMNS = 16
 
@@ -64,6 +76,49 @@ def _add_partial(m, b, row):
     added = carray(as_pointer(b.partial + 4 * row * m.hidden), m.hidden, np.float32)
     for i in range(m.hidden):
         x[i] += added[i]
+
+
+@kernel
+def _embed(m, b, s, row):
+    """Begins the residual stream of a row with this rank's part of its token's embedding, which is left in
+    ``partial``."""
+    x = carray(as_pointer(b.x + 4 * row * m.hidden), m.hidden, np.float32)
+    out = carray(as_pointer(b.partial + 4 * row * m.hidden), m.hidden, np.float32)
+    id, kind = s.ids[row] - m.first_id, m.head_kind
+    size = bytes_per_row(kind, m.hidden)
+    for i in range(m.hidden):
+        x[i] = np.float32(0.0)
+    if id < 0 or id >= m.vocab:
+        for i in range(m.hidden):
+            out[i] = np.float32(0.0)
+    elif kind == INT8:
+        numbers = carray(as_pointer(m.embedding + size * id), m.hidden, np.int8)
+        scale = carray(as_pointer(m.embedding_scales + 4 * id), 1, np.float32)[0]
+        for i in range(m.hidden):
+            out[i] = np.float32(numbers[i]) * scale
+    elif kind == BFLOAT16:
+        halves = carray(as_pointer(m.embedding + size * id), m.hidden, np.uint16)
+        bits = carray(as_pointer(b.partial + 4 * row * m.hidden), m.hidden, np.uint32)
+        for i in range(m.hidden):
+            bits[i] = np.uint32(halves[i]) << np.uint32(16)
+    else:
+        floats = carray(as_pointer(m.embedding + size * id), m.hidden, np.float32)
+        for i in range(m.hidden):
+            out[i] = floats[i]
+
+
+@kernel
+def _average_spread(m, b, s):
+    """Leaves the mean over the layers that report attention spread in the first of them."""
+    layers = 0
+    for layer in range(m.layers):
+        layers = max(layers, m.signal[layer] + 1)
+    spread = carray(as_pointer(b.spread), layers * s.sequences, np.float32)
+    for sequence in range(s.sequences if layers > 0 else 0):
+        value = np.float32(0.0)
+        for layer in range(layers):
+            value += spread[layer * s.sequences + sequence]
+        spread[sequence] = value / np.float32(layers)
 
 
 @kernel
@@ -181,22 +236,35 @@ def _mlp_block(m, b, s, layer, me, team):
 
 @entry
 def decoder(m, b, s, c, first, last, me, team):
-    """The blocks ``first`` to ``last`` of two per layer, attention and MLP. Leaves the last sum in ``partial``."""
+    """The blocks ``first`` to ``last`` of the embedding, two per layer, attention and MLP, and one that completes the
+    residual stream; each of the others leaves a sum in ``partial``."""
     for block in range(first, last):
-        if block % 2 == 0:
-            _attention_block(m, b, s, c, block // 2, me, team)
+        layer = (block - 1) // 2
+        if block == 0:
+            for row in range(me, s.tokens, team):
+                _embed(m, b, s, row)
+            meet(b.sync, team)
+        elif layer == m.layers:
+            for row in range(me, s.tokens, team):
+                _add_partial(m, b, row)
+            if me == 0:
+                _average_spread(m, b, s)
+            meet(b.sync, team)
+        elif block % 2 == 1:
+            _attention_block(m, b, s, c, layer, me, team)
         else:
-            _mlp_block(m, b, s, block // 2, me, team)
+            _mlp_block(m, b, s, layer, me, team)
 
 
 @entry
 def head(m, b, x, rows, logits, me, team):
-    """``logits`` [rows, vocab] of ``x`` [rows, hidden]."""
-    for row in range(me, rows, team):
-        _normalise(m, b, m.final_norm, x + 4 * row * m.hidden, row, m.head_kind)
+    """``logits`` [n, vocab] of the ``rows`` [n] of ``x`` [T, hidden]."""
+    for i in range(me, len(rows), team):
+        _normalise(m, b, m.final_norm, x + 4 * rows[i] * m.hidden, i, m.head_kind)
     meet(b.sync, team)
     begin, end = _part(m.vocab, me, team)
     kind, inputs = m.head_kind, b.shorts if m.head_kind >= INT8 else b.inputs
     scales, middles, sums = m.head_scales, NONE, NONE
-    multiply(kind, m.head, scales, middles, begin, end, inputs, b.row_scales, sums, rows, m.hidden, logits, m.vocab)
+    n, k = len(rows), m.hidden
+    multiply(kind, m.head, scales, middles, begin, end, inputs, b.row_scales, sums, n, k, logits, m.vocab)
     meet(b.sync, team)

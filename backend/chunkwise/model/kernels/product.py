@@ -64,6 +64,16 @@ def _together(kind, w, x, k, y, ldy, w_scales, w_middles, x_scales, x_sums, grou
 
 
 @kernel
+def bytes_per_row(kind, k):
+    """Bytes of k weights that lie together."""
+    if kind == INT4:
+        return (k + 1) // 2
+    if kind == INT8:
+        return k
+    return 2 * k if kind == BFLOAT16 else 4 * k
+
+
+@kernel
 def multiply(kind, w, w_scales, w_middles, first, last, x, x_scales, x_sums, rows, k, y, ldy):
     """``y[t, n] = Σ_k w[n, k] x[t, k]`` for ``first <= n < last`` and ``rows`` t; all rows have length k.
 
@@ -72,13 +82,7 @@ def multiply(kind, w, w_scales, w_middles, first, last, x, x_scales, x_sums, row
     rows of x take the weight rows in turn, so that these stream in the order they lie in memory; more take them
     together.
     """
-    row_bytes = 4 * k
-    if kind == BFLOAT16:
-        row_bytes = 2 * k
-    elif kind == INT8:
-        row_bytes = k
-    elif kind == INT4:
-        row_bytes = (k + 1) // 2
+    row_bytes = bytes_per_row(kind, k)
     groups = (k + 31) // 32 if kind == INT4 else 1
     x_size = 4 if kind <= BFLOAT16 else 2
     tile_rows = FLOAT_ROWS if kind <= BFLOAT16 else ROWS

@@ -64,6 +64,8 @@ def _work(calls: SimpleQueue[_Call | None], me: int, threads: int, counters: NDA
     while (work := calls.get()) is not None:
         call, args = work
         call(*args, me, threads)
+        # Not kept until the next call: freed when the process ends, a view of a tensor would abort it.
+        del work, call, args
 
 
 def _dismiss(queues: list[SimpleQueue[_Call | None]]) -> None:

@@ -33,10 +33,11 @@ TARGETS = 7
 
 class ModelView(NamedTuple):
     """One rank's weights. ``weights``, ``scales``, ``middles`` and ``biases`` are addresses ``[layers, 4]``, of
-    matrices of ``kind`` and their fp32 scales if that is `INT8` or `INT4`, fp16 middles if `INT4`; the head's is
-    ``head_kind``; a bias of 0 is none. ``norms`` ``[layers, 2]`` are addresses. ``outs`` and ``ins`` ``[4]`` are the
-    projections' sizes; ``first_target`` ``[5]`` and ``columns`` ``[7, 2]`` say which LoRA targets make which columns.
-    ``signal`` ``[layers]`` numbers the layers that report attention spread, else it is -1.
+    matrices of ``kind`` and their fp32 scales if that is `INT8` or `INT4`, fp16 middles if `INT4`; a bias of 0 is none.
+    ``norms`` ``[layers, 2]`` are addresses. ``outs`` and ``ins`` ``[4]`` are the projections' sizes; ``first_target``
+    ``[5]`` and ``columns`` ``[7, 2]`` say which LoRA targets make which columns. ``embedding`` and ``head``, both of
+    ``head_kind``, hold the ``vocab`` tokens from ``first_id`` on. ``signal`` ``[layers]`` numbers the layers that
+    report attention spread, else it is -1.
     """
 
     layers: int
@@ -60,6 +61,9 @@ class ModelView(NamedTuple):
     columns: Ints
     signal: Ints
     final_norm: int
+    embedding: int
+    embedding_scales: int
+    first_id: int
     head: int
     head_scales: int
     cos: int
@@ -94,6 +98,7 @@ class StepView(NamedTuple):
     tokens: int
     sequences: int
     groups: int
+    ids: Ints
     positions: Ints
     slots: Ints
     first_row: Ints
@@ -125,7 +130,7 @@ class BufferView(NamedTuple):
     ``partial`` [T, hidden] what the residual stream is still to receive, ``shrunk`` [3, T, ``rank``] the gated shrink
     outputs of the targets of one projection, ``scratch`` [threads, ``scratch_floats``], ``records`` one per head and
     attention task of a single token (see `attention.STATE`). ``sync`` holds the arrivals at the barrier, ``tickets``
-    [layers] the attention tasks taken. ``spread`` [signal layers, S].
+    [layers] the attention tasks taken. ``spread`` [signal layers, S]; in the end its first row is their mean.
     """
 
     x: int
