@@ -144,7 +144,8 @@ class _Buffers:
         self.partial = torch.empty(rows, m.hidden)
         self.spread = torch.empty(max(int(m.signal.max()) + 1, 1) * rows)
         self._tickets = np.zeros(m.layers, dtype=np.int64)
-        floats = -(-scratch_floats(m.heads, m.kv_heads, m.head_dim, size.page) // 16) * 16
+        floats = max(scratch_floats(m.heads, m.kv_heads, m.head_dim, size.page), int(m.outs.max()))
+        floats = -(-floats // 16) * 16
         self._others = (
             torch.empty(rows, widest_in),
             torch.empty(rows, widest_in, dtype=torch.int16) if max(m.kind, m.head_kind) >= INT8 else torch.empty(0),

@@ -22,6 +22,7 @@ from chunkwise.model.kernels.tile_products import (
     dots_int4,
     dots_int8,
     expand,
+    expand_one,
     largest_activation,
 )
 from chunkwise.model.kernels.vector import LANES
@@ -90,6 +91,11 @@ def run_expand(vectors, rows, h, ldh, m, ldm, k, y, ldy, columns):
         _narrow(h, ldh, m, ldm, k, y, ldy, columns, rows)
     else:
         _rest(h, ldh, m, ldm, k, y, ldy, columns, rows)
+
+
+@entry
+def run_expand_one(h, m, ldm, k, y, columns, sums):
+    expand_one(h, m, ldm, k, y, columns, sums)
 
 
 def weights_of(tile: int) -> int:
@@ -292,6 +298,23 @@ def test_expand_equals_fp64_and_has_the_same_bits_in_every_tile(k: int) -> None:
         for columns in range(1, LANES):
             assert np.array_equal(expanded(0, rows, 3, columns), wide[:, 3 : 3 + columns])
         assert np.array_equal(expanded(4, 1, 0, STRIP)[0], wide[0])
+
+
+@pytest.mark.parametrize("k", [0, 1, 3, 4, 7, 16, 37])
+def test_one_row_is_expanded_to_the_same_bits(k: int) -> None:
+    generator = np.random.default_rng(k)
+    for columns in (1, LANES - 1, LANES, 3 * LANES + 5, 192):
+        h, m = padded(1, k, 7), generator.standard_normal((k + 1, columns + 3), dtype=np.float32)
+        want = np.full(columns + 2, GUARD)
+        want[1:-1] = generator.standard_normal(columns)
+        got, sums = want.copy(), np.full(columns + 1, GUARD)
+        at = h.ctypes.data, h.shape[1], m.ctypes.data, m.shape[1]
+        for c in range(0, columns, LANES):
+            width = min(LANES, columns - c)
+            to = want.ctypes.data + 4 * (c + 1)
+            run_expand(width // LANES, 1, *at[:2], at[2] + 4 * c, at[3], k, to, columns, width)
+        run_expand_one(h.ctypes.data, *at[2:], k, got.ctypes.data + 4, columns, sums.ctypes.data)
+        assert np.array_equal(got, want) and sums[-1] == GUARD
 
 
 def test_masked_ends_touch_nothing_behind_them() -> None:

@@ -154,9 +154,10 @@ def _project(m, b, s, layer, projection, y, me, team):
             row = carray(as_pointer(y + 4 * t * width), width, np.float32)
             for n in range(first, last):
                 row[n] += bias[n]
-    if s.groups > 0:
-        expand(m, b, s, layer, projection, y, width, first, last)
     meet(b.sync, team)
+    if s.groups > 0:
+        expand(m, b, s, layer, projection, y, width, me, team)
+        meet(b.sync, team)
 
 
 @kernel

@@ -11,7 +11,7 @@ from numba import carray
 
 from chunkwise.model.kernels.compile import kernel
 from chunkwise.model.kernels.product import multiply_floats
-from chunkwise.model.kernels.tile_products import FLOAT_ROWS, STRIP
+from chunkwise.model.kernels.tile_products import FLOAT_ROWS, STRIP, expand_one
 from chunkwise.model.kernels.tile_products import expand as expand_tile
 from chunkwise.model.kernels.tiles import as_pointer
 from chunkwise.model.kernels.vector import LANES
@@ -92,24 +92,44 @@ def shrink(m, b, s, layer, projection, me, team):
 
 
 @kernel
-def expand(m, b, s, layer, projection, y, width, first, last):
-    """Adds ``B' shrunk`` to the columns ``first`` to ``last`` of the projection's output ``y`` of ``width`` columns."""
+def _columns(work, begin, per_column, columns):
+    """The first column of a matrix that does not belong to the first ``work`` of all, when the matrix begins at
+    ``begin`` and each of its columns is so much. Threads begin at a cache line, or a matrix."""
+    if work <= begin:
+        return 0
+    return columns if work >= begin + per_column * columns else (work - begin) // per_column // 16 * 16
+
+
+@kernel
+def expand(m, b, s, layer, projection, y, width, me, team):
+    """Adds ``B' shrunk`` to the projection's output ``y`` of ``width`` columns, for every group that adapts it. A
+    thread takes whole matrices one after another, as far as the work can be divided so."""
     targets = m.first_target[projection], m.first_target[projection + 1]
-    for target in range(targets[0], targets[1]):
-        begin, end = m.columns[target, 0], m.columns[target, 1]
-        start, stop = max(first, begin), min(last, end)
-        if start >= stop:
-            continue
-        module = layer * TARGETS + target
-        shrunk = b.shrunk + 4 * (target - targets[0]) * b.rows * b.rank
-        for group in range(s.groups):
-            rank = s.ranks[group, module]
+    total = 0
+    for group in range(s.groups):
+        for target in range(targets[0], targets[1]):
+            size = s.ranks[group, layer * TARGETS + target] * (m.columns[target, 1] - m.columns[target, 0])
+            total += size * (s.first_member[group + 1] - s.first_member[group])
+    sums, begin = b.scratch + 4 * me * b.scratch_floats, 0
+    for group in range(s.groups):
+        one, two = s.first_member[group], s.first_member[group + 1]
+        for target in range(targets[0], targets[1]):
+            module = layer * TARGETS + target
+            rank, columns = s.ranks[group, module], m.columns[target, 1] - m.columns[target, 0]
             if rank == 0:
                 continue
-            matrix = s.b[group, module] + 4 * (start - begin)
-            one, two = s.first_member[group], s.first_member[group + 1]
-            count = two - one if s.consecutive[group] else 1
+            per_column = rank * (two - one)
+            first = _columns(total * me // team, begin, per_column, columns)
+            last = _columns(total * (me + 1) // team, begin, per_column, columns)
+            begin += per_column * columns
+            if first >= last:
+                continue
+            matrix, count = s.b[group, module] + 4 * first, two - one if s.consecutive[group] else 1
             for member in range(one, two, count):
                 row = s.rows[member]
-                h, to = shrunk + 4 * row * b.rank, y + 4 * (row * width + start)
-                accumulate(count, h, b.rank, matrix, end - begin, rank, to, width, stop - start)
+                h = b.shrunk + 4 * ((target - targets[0]) * b.rows + row) * b.rank
+                to = y + 4 * (row * width + m.columns[target, 0] + first)
+                if count == 1:
+                    expand_one(h, matrix, columns, rank, to, last - first, sums)
+                else:
+                    accumulate(count, h, b.rank, matrix, columns, rank, to, width, last - first)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 from functools import cache, partial
 
 from llvmlite import ir
+from numba.core import cgutils
 
-from chunkwise.model.kernels.tiles import Kernel, along, by_rows
+from chunkwise.model.kernels.tiles import Kernel, along, by_rows, tile
 from chunkwise.model.kernels.vector import (
     BYTES,
     F32,
@@ -60,7 +61,8 @@ CACHE_LINE = 64
 STRIP = 4 * LANES
 """Columns that the widest tile of `expand` makes at a time."""
 
-_Step = Callable[[list[ir.Value], ir.Value, list[ir.Value], "Mask | None"], list[ir.Value]]
+_EXPANDED_ROWS = 4
+"""Rows of B that `expand_one` adds at a time, so that its sums are not read and written for each."""
 
 
 def _rows(b: ir.IRBuilder, base: ir.Value, stride: ir.Value, count: int) -> list[ir.Value]:
@@ -301,3 +303,51 @@ def expand(vectors: int) -> Kernel:
     """
     bodies = [partial(_expand, vectors, rows) for rows in range(1, FLOAT_ROWS + 1)]
     return by_rows(f"expand_{vectors}", 8, bodies)
+
+
+def _expand_one(b: ir.IRBuilder, args: list[ir.Value]) -> None:
+    h, m, ldm, k, y, columns, sums = args
+    weights, matrix, out, kept = (pointer(b, address, F32) for address in (h, m, y, sums))
+
+    def read(base: ir.Value, offset: ir.Value, mask: Mask | None) -> ir.Value:
+        return load(b, base, offset, FLOATS) if mask is None else load_masked(b, base, offset, FLOATS, mask)
+
+    def write(value: ir.Value, base: ir.Value, offset: ir.Value, mask: Mask | None) -> list[ir.Value]:
+        if mask is None:
+            store(b, value, base, offset)
+        else:
+            store_masked(b, value, base, offset, mask)
+        return []
+
+    def begin(offset: ir.Value, unused: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
+        return write(splat(FLOATS, 0.0), kept, offset, mask)
+
+    def add(first: ir.Value, count: int) -> None:
+        numbers = [b.add(first, I64(i)) for i in range(count)]
+        rows = [b.gep(matrix, [b.mul(number, ldm)]) for number in numbers]
+        factors = [spread(b, b.load(b.gep(weights, [number])), FLOATS) for number in numbers]
+
+        def step(offset: ir.Value, unused: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
+            value = read(kept, offset, mask)
+            for factor, row in zip(factors, rows, strict=True):
+                value = fma(b, factor, read(row, offset, mask), value)
+            return write(value, kept, offset, mask)
+
+        along(b, columns, LANES, [], step)
+
+    def end(offset: ir.Value, unused: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
+        return write(b.fadd(read(out, offset, mask), read(kept, offset, mask)), out, offset, mask)
+
+    along(b, columns, LANES, [], begin)
+    several = b.and_(k, I64(-_EXPANDED_ROWS))
+    with cgutils.for_range(b, b.udiv(k, I64(_EXPANDED_ROWS))) as loop:
+        add(b.mul(loop.index, I64(_EXPANDED_ROWS)), _EXPANDED_ROWS)
+    with cgutils.for_range(b, b.sub(k, several)) as loop:
+        add(b.add(several, loop.index), 1)
+    along(b, columns, LANES, [], end)
+
+
+expand_one = tile("expand_one", 7, _expand_one)
+"""``(h, m, ldm, k, y, columns, sums)``: to the bit what `expand` adds to one row, for any number of columns. It reads
+``m`` row after row, which is twice as fast where one row of y is all that it is read for. ``sums`` has room for
+``columns`` floats."""

@@ -128,7 +128,8 @@ class BufferView(NamedTuple):
     ``x`` [T, hidden] is the residual stream, ``inputs`` [T, widest in] what the next projection reads, ``shorts`` and
     ``row_scales`` the same in 16 bits and ``group_sums`` [T, ⌈in / 32⌉] its sums for 4 bits, ``wide`` [T, widest out],
     ``partial`` [T, hidden] what the residual stream is still to receive, ``shrunk`` [3, T, ``rank``] the gated shrink
-    outputs of the targets of one projection, ``scratch`` [threads, ``scratch_floats``], ``records`` one per head and
+    outputs of the targets of one projection, ``scratch`` [threads, ``scratch_floats``] (an attention task's, or as many
+    as the widest out), ``records`` one per head and
     attention task of a single token (see `attention.STATE`). ``sync`` holds the arrivals at the barrier, ``tickets``
     [layers] the attention tasks taken. ``spread`` [signal layers, S]; in the end its first row is their mean.
     """
