@@ -158,6 +158,16 @@ def test_steps_of_any_size_may_follow_each_other(models: Callable[[str], Path], 
         assert_same(after[i], fresh.run([Part(lines[i], p, n)]))
 
 
+def test_a_decoder_takes_every_step_s_own_cache(models: Callable[[str], Path]) -> None:
+    """What it knows of the cache of the step before must not be taken for another's."""
+    rigs = [Rig(models("grouped"), 2, seed=seed) for seed in (1, 2)]
+    parts = [[Part(rig.line(100), 90, 2)] for rig in rigs]
+    alone = [rig.run(own) for rig, own in zip(rigs, parts, strict=True)]
+    rigs[0].model = rigs[1].model
+    for i in (0, 1, 0):
+        assert_same(rigs[i].run(parts[i]), alone[i])
+
+
 @EVERY_STORAGE
 def test_logits_of_more_rows_than_any_step_had(models: Callable[[str], Path], storage: torch.dtype) -> None:
     plain, kernels = (Rig(models("untied"), threads, storage=storage).model._decoder for threads in (None, 2))

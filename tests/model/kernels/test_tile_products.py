@@ -332,5 +332,6 @@ def test_masked_ends_touch_nothing_behind_them() -> None:
         groups = -(-n // 32)
         tables = scale.ctypes.data, end - 2 * groups, scale.ctypes.data, end - 4 * groups, groups
         run_dot_int4(ONE, 1, halves, n, end - 2 * n, n, n, *at, *tables, n)
+        run_expand_one(y.ctypes.data, end - 4 * n, n, 1, end - 4 * n, n, end - 4 * n)
     for columns in range(1, LANES):
         run_expand(0, 1, y.ctypes.data, 1, end - 4 * columns, columns, 1, end - 4 * columns, columns, columns)

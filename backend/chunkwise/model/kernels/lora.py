@@ -11,7 +11,7 @@ from numba import carray
 
 from chunkwise.model.kernels.compile import kernel
 from chunkwise.model.kernels.product import multiply_floats
-from chunkwise.model.kernels.tile_products import FLOAT_ROWS, STRIP, expand_one
+from chunkwise.model.kernels.tile_products import CACHE_LINE, FLOAT_ROWS, STRIP, expand_one
 from chunkwise.model.kernels.tile_products import expand as expand_tile
 from chunkwise.model.kernels.tiles import as_pointer
 from chunkwise.model.kernels.vector import LANES
@@ -19,6 +19,8 @@ from chunkwise.model.kernels.views import TARGETS
 
 _wide, _narrow, _rest = expand_tile(4), expand_tile(1), expand_tile(0)
 
+# Floats of a cache line.
+_LINE = CACHE_LINE // 4
 # Rows of A per task: enough to read memory in long runs, few enough to share a small rank among threads.
 _TASK_ROWS = 8
 
@@ -97,7 +99,7 @@ def _columns(work, begin, per_column, columns):
     ``begin`` and each of its columns is so much. Threads begin at a cache line, or a matrix."""
     if work <= begin:
         return 0
-    return columns if work >= begin + per_column * columns else (work - begin) // per_column // 16 * 16
+    return columns if work >= begin + per_column * columns else (work - begin) // per_column // _LINE * _LINE
 
 
 @kernel

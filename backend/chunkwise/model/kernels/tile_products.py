@@ -69,6 +69,19 @@ def _rows(b: ir.IRBuilder, base: ir.Value, stride: ir.Value, count: int) -> list
     return [b.gep(base, [b.mul(stride, I64(i))]) for i in range(count)]
 
 
+def _read(b: ir.IRBuilder, base: ir.Value, offset: ir.Value, kind: ir.VectorType, mask: Mask | None) -> ir.Value:
+    return load(b, base, offset, kind) if mask is None else load_masked(b, base, offset, kind, mask)
+
+
+def _write(b: ir.IRBuilder, value: ir.Value, base: ir.Value, offset: ir.Value, mask: Mask | None) -> list[ir.Value]:
+    """Returns no sums, as the body of `along` must."""
+    if mask is None:
+        store(b, value, base, offset)
+    else:
+        store_masked(b, value, base, offset, mask)
+    return []
+
+
 def _look_ahead(
     b: ir.IRBuilder, rows: list[ir.Value], distance: ir.Value, per_byte: int = 1
 ) -> Callable[[ir.Value], None]:
@@ -110,13 +123,11 @@ def _dot(weight_rows: int, together: int, bfloat16: bool, rows: int, b: ir.IRBui
     xs = _rows(b, pointer(b, x, F32), ldx, rows)
 
     def step(some: list[ir.Value], offset: ir.Value, sums: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
-        def read(base: ir.Value, kind: ir.VectorType) -> ir.Value:
-            return load(b, base, offset, kind) if mask is None else load_masked(b, base, offset, kind, mask)
-
-        vectors = [read(row, FLOATS) for row in xs]
+        vectors = [_read(b, row, offset, FLOATS, mask) for row in xs]
         new = []
         for i, row in enumerate(some):
-            weights = widen(b, read(row, HALVES)) if bfloat16 else read(row, FLOATS)
+            weights = _read(b, row, offset, HALVES if bfloat16 else FLOATS, mask)
+            weights = widen(b, weights) if bfloat16 else weights
             new += [fma(b, weights, vector, sums[i * rows + j]) for j, vector in enumerate(vectors)]
         return new
 
@@ -141,7 +152,7 @@ def dots(weight_rows: int, together: int = 1, bfloat16: bool = False) -> Kernel:
     The weight rows are taken ``together``, so many at once, so that what is read of x serves them all; or, 1, in turn,
     so that memory is read from front to back. Some ask for the weight ``ahead`` numbers behind the one they read, which
     may be that of the next tile; 0 asks for nothing new. Floats in turn, on AVX2, leave that to the CPU, which guesses
-    better: 10 % more bandwidth.
+    better.
     """
     most = ROWS if together == 1 else FLOAT_ROWS
     bodies = [partial(_dot, weight_rows, together, bfloat16, rows) for rows in range(1, most + 1)]
@@ -154,13 +165,10 @@ def _dot_int8(weight_rows: int, together: int, rows: int, b: ir.IRBuilder, args:
     xs = _rows(b, pointer(b, x, I16), ldx, rows)
 
     def step(some: list[ir.Value], offset: ir.Value, sums: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
-        def read(base: ir.Value, kind: ir.VectorType) -> ir.Value:
-            return load(b, base, offset, kind) if mask is None else load_masked(b, base, offset, kind, mask)
-
-        vectors = [read(row, SHORTS) for row in xs]
+        vectors = [_read(b, row, offset, SHORTS, mask) for row in xs]
         new = []
         for i, row in enumerate(some):
-            weights = b.sext(read(row, BYTES), SHORTS)
+            weights = b.sext(_read(b, row, offset, BYTES, mask), SHORTS)
             products = [multiply_pairs(b, weights, vector) for vector in vectors]
             new += [b.add(sums[i * rows + j], product) for j, product in enumerate(products)]
         return new
@@ -206,15 +214,11 @@ def _dot_int4(weight_rows: int, together: int, rows: int, b: ir.IRBuilder, args:
         mask: Mask | None,
     ) -> list[ir.Value]:
         at, group = b.lshr(offset, I64(1)), b.lshr(offset, I64(5))
-        if mask is None:
-            vectors = [load(b, row, offset, SHORTS) for row in xs]
-        else:
-            vectors = [load_masked(b, row, offset, SHORTS, mask) for row in xs]
-            pairs = mask_below(b, b.lshr(b.add(b.sub(k, offset), I64(1)), I64(1)), LANES)
+        vectors = [_read(b, row, offset, SHORTS, mask) for row in xs]
+        pairs = mask and mask_below(b, b.lshr(b.add(b.sub(k, offset), I64(1)), I64(1)), LANES)
         new = []
         for i, row in enumerate(some):
-            packed = load(b, row, at, QUARTERS) if mask is None else load_masked(b, row, at, QUARTERS, pairs)
-            weights = unpack(b, packed)
+            weights = unpack(b, _read(b, row, at, QUARTERS, pairs))
             scale = spread(b, b.load(b.gep(scales[i], [group])), FLOATS)
             for j, vector in enumerate(vectors):
                 products = b.sitofp(multiply_pairs(b, weights, vector), FLOATS)
@@ -222,13 +226,10 @@ def _dot_int4(weight_rows: int, together: int, rows: int, b: ir.IRBuilder, args:
         return new
 
     def middle_step(some: list[ir.Value], offset: ir.Value, sums: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
-        def read(base: ir.Value, kind: ir.VectorType) -> ir.Value:
-            return load(b, base, offset, kind) if mask is None else load_masked(b, base, offset, kind, mask)
-
-        vectors = [read(row, FLOATS) for row in group_sums]
+        vectors = [_read(b, row, offset, FLOATS, mask) for row in group_sums]
         new = []
         for i, row in enumerate(some):
-            middles = widen_half(b, read(row, HALVES))
+            middles = widen_half(b, _read(b, row, offset, HALVES, mask))
             new += [fma(b, middles, vector, sums[i * rows + j]) for j, vector in enumerate(vectors)]
         return new
 
@@ -279,7 +280,7 @@ def _expand(vectors: int, rows: int, b: ir.IRBuilder, args: list[ir.Value]) -> N
         factors = [spread(b, b.load(b.gep(weights, [index])), FLOATS) for weights in hs]
         new = list(sums)
         for i, o in enumerate(offsets):
-            part = load(b, row, o, FLOATS) if mask is None else load_masked(b, row, o, FLOATS, mask)
+            part = _read(b, row, o, FLOATS, mask)
             for j, factor in enumerate(factors):
                 new[j * vectors + i] = fma(b, factor, part, sums[j * vectors + i])
         return new
@@ -287,11 +288,7 @@ def _expand(vectors: int, rows: int, b: ir.IRBuilder, args: list[ir.Value]) -> N
     sums = along(b, k, 1, [splat(FLOATS, 0.0)] * (vectors * rows), step)
     for j, row in enumerate(_rows(b, pointer(b, y, F32), ldy, rows)):
         for i, offset in enumerate(offsets):
-            if mask is None:
-                store(b, b.fadd(load(b, row, offset, FLOATS), sums[j * vectors + i]), row, offset)
-            else:
-                old = load_masked(b, row, offset, FLOATS, mask)
-                store_masked(b, b.fadd(old, sums[j * vectors + i]), row, offset, mask)
+            _write(b, b.fadd(_read(b, row, offset, FLOATS, mask), sums[j * vectors + i]), row, offset, mask)
 
 
 @cache
@@ -309,18 +306,8 @@ def _expand_one(b: ir.IRBuilder, args: list[ir.Value]) -> None:
     h, m, ldm, k, y, columns, sums = args
     weights, matrix, out, kept = (pointer(b, address, F32) for address in (h, m, y, sums))
 
-    def read(base: ir.Value, offset: ir.Value, mask: Mask | None) -> ir.Value:
-        return load(b, base, offset, FLOATS) if mask is None else load_masked(b, base, offset, FLOATS, mask)
-
-    def write(value: ir.Value, base: ir.Value, offset: ir.Value, mask: Mask | None) -> list[ir.Value]:
-        if mask is None:
-            store(b, value, base, offset)
-        else:
-            store_masked(b, value, base, offset, mask)
-        return []
-
     def begin(offset: ir.Value, unused: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
-        return write(splat(FLOATS, 0.0), kept, offset, mask)
+        return _write(b, splat(FLOATS, 0.0), kept, offset, mask)
 
     def add(first: ir.Value, count: int) -> None:
         numbers = [b.add(first, I64(i)) for i in range(count)]
@@ -328,15 +315,16 @@ def _expand_one(b: ir.IRBuilder, args: list[ir.Value]) -> None:
         factors = [spread(b, b.load(b.gep(weights, [number])), FLOATS) for number in numbers]
 
         def step(offset: ir.Value, unused: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
-            value = read(kept, offset, mask)
+            value = _read(b, kept, offset, FLOATS, mask)
             for factor, row in zip(factors, rows, strict=True):
-                value = fma(b, factor, read(row, offset, mask), value)
-            return write(value, kept, offset, mask)
+                value = fma(b, factor, _read(b, row, offset, FLOATS, mask), value)
+            return _write(b, value, kept, offset, mask)
 
         along(b, columns, LANES, [], step)
 
     def end(offset: ir.Value, unused: list[ir.Value], mask: Mask | None) -> list[ir.Value]:
-        return write(b.fadd(read(out, offset, mask), read(kept, offset, mask)), out, offset, mask)
+        value = b.fadd(_read(b, out, offset, FLOATS, mask), _read(b, kept, offset, FLOATS, mask))
+        return _write(b, value, out, offset, mask)
 
     along(b, columns, LANES, [], begin)
     several = b.and_(k, I64(-_EXPANDED_ROWS))
@@ -349,5 +337,5 @@ def _expand_one(b: ir.IRBuilder, args: list[ir.Value]) -> None:
 
 expand_one = tile("expand_one", 7, _expand_one)
 """``(h, m, ldm, k, y, columns, sums)``: to the bit what `expand` adds to one row, for any number of columns. It reads
-``m`` row after row, which is twice as fast where one row of y is all that it is read for. ``sums`` has room for
+``m`` as it lies in memory, which is faster where one row of y is all that it is read for. ``sums`` has room for
 ``columns`` floats."""
